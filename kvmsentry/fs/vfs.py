@@ -1,0 +1,593 @@
+"""The virtual file system: inodes, dentries, mounts and the walk from a path to them.
+
+    Path(mount, dentry) --dentry.inode--> Inode (attributes cached in it) --inode.open()--> File (an open file description)
+
+Names are bytes. Inodes carry their attributes as fields, so that permission checks and stat(2) cost no call; a file system whose
+attributes change behind our back (a shared volume, /proc) overrides `refresh`. Dentries form the name cache: a child that is
+there with `inode` None is a negative entry. `SuperBlock.caching` False (procfs) means that nothing is believed from the cache.
+Everything raises `Errno` for what the application may ask and not get.
+"""
+
+from __future__ import annotations
+
+import errno
+import stat as st
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from kvmsentry.errors import Errno
+from kvmsentry.kernel.traps import WaitQueue
+
+if TYPE_CHECKING:
+    from kvmsentry.kernel.task import Credentials, Task
+
+NAME_MAX = 255  # include/uapi/linux/limits.h
+PATH_MAX = 4096
+MAXSYMLINKS = 40  # include/linux/namei.h
+
+MAY_EXEC, MAY_WRITE, MAY_READ = 1, 2, 4  # include/linux/fs.h
+
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER = 1 << 1, 1 << 2, 1 << 3  # uapi/linux/capability.h
+
+O_ACCMODE, O_RDONLY, O_WRONLY, O_RDWR = 3, 0, 1, 2  # uapi/asm-generic/fcntl.h
+O_CREAT, O_EXCL, O_NOCTTY, O_TRUNC, O_APPEND, O_NONBLOCK = 0o100, 0o200, 0o400, 0o1000, 0o2000, 0o4000
+O_DSYNC, FASYNC, O_DIRECT, O_LARGEFILE, O_DIRECTORY, O_NOFOLLOW = 0o10000, 0o20000, 0o40000, 0o100000, 0o200000, 0o400000
+O_NOATIME, O_CLOEXEC, O_PATH, O_SYNC, O_TMPFILE = 0o1000000, 0o2000000, 0o10000000, 0o4010000, 0o20200000
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8  # uapi/linux/mount.h
+MS_REMOUNT, MS_BIND, MS_REC = 32, 4096, 16384
+
+POLLIN, POLLPRI, POLLOUT, POLLERR, POLLHUP, POLLNVAL = 1, 2, 4, 8, 16, 32  # uapi/asm-generic/poll.h
+POLLRDNORM, POLLRDBAND, POLLWRNORM, POLLWRBAND, POLLRDHUP = 64, 128, 256, 512, 0x2000
+
+DT_UNKNOWN, DT_FIFO, DT_CHR, DT_DIR, DT_BLK, DT_REG, DT_LNK, DT_SOCK = 0, 1, 2, 4, 6, 8, 10, 12  # dirent(5): mode >> 12
+
+_next_minor = 20
+
+
+def anonymous_dev() -> int:
+    """A device number for a file system without a device: major 0 (set_anon_super in fs/super.c)."""
+    global _next_minor
+    _next_minor += 1
+    return _next_minor
+
+
+def makedev(major: int, minor: int) -> int:
+    """The user-visible encoding of a device number (new_encode_dev, include/linux/kdev_t.h)."""
+    return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
+
+
+class SuperBlock:
+    """One mounted file system: its type's name, device number and root inode."""
+
+    caching = True  # dentries may be believed
+    magic = 0  # statfs(2) f_type
+    fstype = "none"
+
+    def __init__(self) -> None:
+        self.dev = anonymous_dev()
+        self.root: Inode
+        self.source = self.fstype
+        self.options = ""  # shown in /proc/mounts after rw/ro
+        self._ino = 1
+
+    def new_ino(self) -> int:
+        """The next free inode number."""
+        self._ino += 1
+        return self._ino
+
+    def statfs(self) -> tuple[int, int, int, int, int, int]:
+        """(bsize, blocks, bfree, bavail, files, ffree), statfs(2)."""
+        return (4096, 0, 0, 0, 0, 0)
+
+    def sync(self) -> None:
+        """Write back what is dirty."""
+
+
+class Inode:
+    """A file, directory or anything else that has attributes. Times are ns since the epoch."""
+
+    __slots__ = (
+        "sb", "ino", "mode", "uid", "gid", "nlink", "rdev", "size", "atime", "mtime", "ctime", "btime", "locks", "watches",
+        "__dict__",
+    )  # fmt: skip
+
+    def __init__(self, sb: SuperBlock, mode: int, uid: int = 0, gid: int = 0, ino: int = 0) -> None:
+        now = time.time_ns()
+        self.sb, self.mode, self.uid, self.gid = sb, mode, uid, gid
+        self.ino = ino or sb.new_ino()
+        self.nlink = 2 if mode & st.S_IFMT(mode) == st.S_IFDIR else 1
+        self.rdev = self.size = 0
+        self.atime = self.mtime = self.ctime = self.btime = now
+        self.locks: Any = None  # flock(2) and fcntl(2) record locks, fs/locks.py
+        self.watches: Any = None  # inotify(7) marks, fs/inotify.py
+
+    # -- attributes ------------------------------------------------------------------------------------------------------
+    def refresh(self) -> None:
+        """Bring the attribute fields up to date; called before they are shown. Nothing to do where we alone change them."""
+
+    @property
+    def blocks(self) -> int:
+        """512-byte blocks in use (stat(2) st_blocks)."""
+        return (self.size + 511) >> 9
+
+    def setattr(self, *, mode: int | None = None, uid: int | None = None, gid: int | None = None,
+                atime: int | None = None, mtime: int | None = None) -> None:  # fmt: skip
+        """Change attributes (permission was checked by the caller); `mode` holds permission bits only."""
+        if mode is not None:
+            self.mode = (self.mode & ~0o7777) | (mode & 0o7777)
+        if uid is not None:
+            self.uid = uid
+        if gid is not None:
+            self.gid = gid
+        if atime is not None:
+            self.atime = atime
+        if mtime is not None:
+            self.mtime = mtime
+        self.ctime = time.time_ns()
+
+    def truncate(self, size: int) -> None:
+        """Set the size of a regular file; what appears reads as zero (truncate(2))."""
+        raise Errno(errno.EISDIR if st.S_ISDIR(self.mode) else errno.EINVAL)
+
+    # -- directories -----------------------------------------------------------------------------------------------------
+    def lookup(self, name: bytes) -> Inode:
+        """The child of that name; ENOENT when there is none, ENOTDIR when this is no directory."""
+        raise Errno(errno.ENOTDIR)
+
+    def create(self, name: bytes, mode: int, creds: Credentials) -> Inode:
+        """A new regular file; `mode` is the full mode after umask, the owner is `creds.fsuid:fsgid` (or the directory's
+        group with S_ISGID). EEXIST was ruled out by the caller. The same holds for mkdir, mknod and symlink."""
+        raise Errno(errno.EROFS)
+
+    def mkdir(self, name: bytes, mode: int, creds: Credentials) -> Inode:
+        """A new directory."""
+        raise Errno(errno.EROFS)
+
+    def mknod(self, name: bytes, mode: int, rdev: int, creds: Credentials) -> Inode:
+        """A new FIFO, socket or device node."""
+        raise Errno(errno.EROFS)
+
+    def symlink(self, name: bytes, target: bytes, creds: Credentials) -> Inode:
+        """A new symbolic link."""
+        raise Errno(errno.EROFS)
+
+    def link(self, name: bytes, inode: Inode) -> Inode:
+        """A new name for `inode` (same super block); returns the inode the name has now (an overlay may have copied it up)."""
+        raise Errno(errno.EROFS)
+
+    def unlink(self, name: bytes, inode: Inode) -> None:
+        """Remove the name of a non-directory."""
+        raise Errno(errno.EROFS)
+
+    def rmdir(self, name: bytes, inode: Inode) -> None:
+        """Remove an empty directory; ENOTEMPTY."""
+        raise Errno(errno.EROFS)
+
+    def rename(self, name: bytes, inode: Inode, target: Inode, new_name: bytes, replaced: Inode | None, flags: int) -> None:
+        """Move child `name` (which is `inode`) to `new_name` in directory `target` of the same super block, replacing
+        `replaced`. Types and loops were checked by the caller. flags: RENAME_EXCHANGE (2) or 0."""
+        raise Errno(errno.EROFS)
+
+    def readdir(self) -> Iterable[tuple[bytes, int, int]]:
+        """(name, inode number, DT_*) of every child, without `.` and `..`; the order is stable while nothing changes."""
+        raise Errno(errno.ENOTDIR)
+
+    # -- the rest --------------------------------------------------------------------------------------------------------
+    def readlink(self, task: Task | None = None) -> bytes:
+        """Where a symbolic link points."""
+        raise Errno(errno.EINVAL)
+
+    def follow(self, task: Task) -> Path | None:
+        """For magic links (/proc/PID/fd/N): the place itself; None for ordinary links, whose text is walked."""
+        return None
+
+    def open(self, task: Task, path: Path, flags: int) -> File:
+        """A new open file description. Permission, O_CREAT, O_EXCL, O_TRUNC, O_DIRECTORY were dealt with by the caller."""
+        raise Errno(errno.ENXIO)
+
+    def getxattr(self, name: bytes) -> bytes:
+        """The value of an extended attribute; ENODATA, EOPNOTSUPP."""
+        raise Errno(errno.EOPNOTSUPP)
+
+    def setxattr(self, name: bytes, value: bytes, flags: int) -> None:
+        """Set an extended attribute; flags XATTR_CREATE 1, XATTR_REPLACE 2."""
+        raise Errno(errno.EOPNOTSUPP)
+
+    def listxattr(self) -> list[bytes]:
+        """Names of all extended attributes."""
+        return []
+
+    def removexattr(self, name: bytes) -> None:
+        """Remove an extended attribute."""
+        raise Errno(errno.EOPNOTSUPP)
+
+
+class Dentry:
+    """A name in a directory. `inode` None: known not to be there."""
+
+    __slots__ = ("name", "parent", "inode", "children", "mounted", "__weakref__")
+
+    def __init__(self, name: bytes, parent: Dentry | None, inode: Inode | None) -> None:
+        self.name, self.inode = name, inode
+        self.parent: Dentry = parent if parent is not None else self
+        self.children: dict[bytes, Dentry] = {}
+        self.mounted = 0  # how many mounts, in any namespace, stand on it
+
+    def add(self, name: bytes, inode: Inode | None) -> Dentry:
+        """Remember a child (replaces what was remembered)."""
+        child = Dentry(name, self, inode)
+        self.children[name] = child
+        return child
+
+    def drop(self, name: bytes) -> None:
+        """Forget a child: its name was removed."""
+        self.children.pop(name, None)
+
+    @property
+    def unlinked(self) -> bool:
+        """True when the name is gone (shown as ` (deleted)`)."""
+        return self.parent is not self and self.parent.children.get(self.name) is not self
+
+
+class Mount:
+    """One entry of a mount namespace: the tree below `root` of `sb` shown at `mountpoint` of `parent`."""
+
+    __slots__ = ("id", "sb", "root", "parent", "mountpoint", "children", "flags", "namespace")
+    _next_id = 20
+
+    def __init__(self, sb: SuperBlock, root: Dentry, flags: int = 0) -> None:
+        Mount._next_id += 1
+        self.id = Mount._next_id
+        self.sb, self.root, self.flags = sb, root, flags
+        self.parent: Mount | None = None
+        self.mountpoint: Dentry | None = None
+        self.children: dict[Dentry, Mount] = {}
+
+    def attach(self, parent: Mount, mountpoint: Dentry) -> None:
+        """Show this mount at `mountpoint` of `parent`; what was visible there is covered."""
+        self.parent, self.mountpoint = parent, mountpoint
+        parent.children[mountpoint] = self
+        mountpoint.mounted += 1
+
+    def detach(self) -> None:
+        """Take the mount out of the tree; open files keep it alive."""
+        assert self.parent is not None and self.mountpoint is not None
+        del self.parent.children[self.mountpoint]
+        self.mountpoint.mounted -= 1
+        self.parent = self.mountpoint = None
+
+
+class Path:
+    """A place in the tree: a dentry seen through a mount."""
+
+    __slots__ = ("mount", "dentry")
+
+    def __init__(self, mount: Mount, dentry: Dentry) -> None:
+        self.mount, self.dentry = mount, dentry
+
+    @property
+    def inode(self) -> Inode:
+        """The inode there; only for places that exist."""
+        inode = self.dentry.inode
+        assert inode is not None
+        return inode
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Path) and self.mount is other.mount and self.dentry is other.dentry
+
+    def __hash__(self) -> int:
+        return hash((id(self.mount), id(self.dentry)))
+
+
+class FsContext:
+    """What a process's paths start from, shared with CLONE_FS."""
+
+    __slots__ = ("root", "cwd", "umask", "users")
+
+    def __init__(self, root: Path, cwd: Path, umask: int = 0o022) -> None:
+        self.root, self.cwd, self.umask = root, cwd, umask
+        self.users = 1
+
+    def copy(self) -> FsContext:
+        """For fork without CLONE_FS."""
+        return FsContext(self.root, self.cwd, self.umask)
+
+
+def permission(inode: Inode, mask: int, creds: Credentials) -> None:
+    """EACCES unless `creds` (its fsuid, fsgid, groups and capabilities) may do `mask` (MAY_*) on `inode`; path_resolution(7)."""
+    mode = inode.mode
+    if creds.fsuid == inode.uid:
+        bits = mode >> 6
+    elif inode.gid == creds.fsgid or inode.gid in creds.groups:
+        bits = mode >> 3
+    else:
+        bits = mode
+    if not mask & ~bits & 7:
+        return
+    effective = creds.effective
+    if effective & CAP_DAC_OVERRIDE and (not mask & MAY_EXEC or mode & 0o111 or st.S_ISDIR(mode)):
+        return
+    if effective & CAP_DAC_READ_SEARCH and (mask == MAY_READ or (st.S_ISDIR(mode) and not mask & MAY_WRITE)):
+        return
+    raise Errno(errno.EACCES)
+
+
+# Flags of a walk (our own, except where openat2(2) names them).
+FOLLOW = 1  # follow a symbolic link in the last component
+NO_SYMLINKS = 2
+NO_MAGICLINKS = 4
+BENEATH = 8
+IN_ROOT = 16
+NO_XDEV = 32
+
+
+def walk(task: Task, path: bytes, start: Path | None = None, flags: int = FOLLOW) -> Path:
+    """The existing place that `path` names, from `start` (default: the working directory) unless absolute.
+    Errors: ENOENT, ENOTDIR, EACCES, ELOOP, ENAMETOOLONG, EXDEV; path_resolution(7)."""
+    place, name, _ = _walk(task, path, start, flags, parent=False)
+    if place.dentry.inode is None:
+        raise Errno(errno.ENOENT)
+    return place
+
+
+def walk_parent(task: Task, path: bytes, start: Path | None = None, flags: int = 0) -> tuple[Path, bytes, bool]:
+    """The directory in which the last component of `path` stands, that component (`.`, `..` or `` for the root as they are),
+    and whether slashes follow it."""
+    return _walk(task, path, start, flags, parent=True)
+
+
+def lookup_child(task: Task, directory: Path, name: bytes) -> Dentry:
+    """The dentry of `name` in `directory` (an ordinary name: not `.` or `..`), from the cache or the file system; its inode
+    is None when there is no such file. Search permission was checked by the caller."""
+    dentry = directory.dentry
+    child = dentry.children.get(name)
+    inode = dentry.inode
+    if child is not None and (inode is None or inode.sb.caching):
+        return child
+    if len(name) > NAME_MAX:
+        raise Errno(errno.ENAMETOOLONG)
+    assert inode is not None
+    try:
+        found: Inode | None = inode.lookup(name)
+    except Errno as error:
+        if error.errno != errno.ENOENT:
+            raise
+        found = None
+    if child is not None and child.inode is found:
+        return child
+    if found is None and len(dentry.children) > 8192:
+        return Dentry(name, dentry, None)  # an application that asks for nonsense does not fill our memory
+    if child is not None and child.mounted:
+        child.inode = found
+        return child
+    return dentry.add(name, found)
+
+
+def _walk(task: Task, path: bytes, start: Path | None, flags: int, parent: bool) -> tuple[Path, bytes, bool]:
+    if not path:
+        raise Errno(errno.ENOENT)
+    if len(path) >= PATH_MAX:
+        raise Errno(errno.ENAMETOOLONG)
+    fs, creds = task.fs, task.creds
+    root = fs.root
+    if start is None:
+        start = fs.cwd
+    if flags & IN_ROOT:
+        root = start
+    beneath = start if flags & BENEATH else None
+    if path[0] == 47:
+        if beneath is not None:
+            raise Errno(errno.EXDEV)
+        mount, dentry = root.mount, root.dentry
+    else:
+        mount, dentry = start.mount, start.dentry
+    names = [n for n in path.split(b"/") if n]
+    trailing = path[-1] == 47
+    names.reverse()
+    links = 0
+    must_be_directory = trailing
+    while names:
+        name = names.pop()
+        last = not names
+        inode = dentry.inode
+        if inode is None:
+            raise Errno(errno.ENOENT)
+        mode = inode.mode
+        if mode & 0o170000 != 0o040000:
+            raise Errno(errno.ENOTDIR)
+        if mode & 0o111 != 0o111:  # else search is allowed to everybody: the common case of permission()
+            permission(inode, MAY_EXEC, creds)
+        if parent and last:
+            return Path(mount, dentry), name, trailing
+        if name == b".":
+            continue
+        if name == b"..":
+            if beneath is not None and dentry is beneath.dentry and mount is beneath.mount:
+                raise Errno(errno.EXDEV)
+            mount, dentry = step_up(mount, dentry, root)
+            continue
+        child = dentry.children.get(name)
+        if child is None or not inode.sb.caching:
+            child = lookup_child(task, Path(mount, dentry), name)
+        here = mount, dentry
+        dentry = child
+        while dentry.mounted and dentry in mount.children:
+            if flags & NO_XDEV:
+                raise Errno(errno.EXDEV)
+            mount = mount.children[dentry]
+            dentry = mount.root
+        inode = dentry.inode
+        if inode is None:
+            if last and not must_be_directory:
+                break
+            raise Errno(errno.ENOENT)
+        if inode.mode & 0o170000 == 0o120000 and (not last or flags & FOLLOW or must_be_directory):
+            links += 1
+            if links > MAXSYMLINKS or flags & NO_SYMLINKS:
+                raise Errno(errno.ELOOP)
+            place = inode.follow(task)
+            if place is not None:
+                if flags & (NO_MAGICLINKS | BENEATH | IN_ROOT):
+                    raise Errno(errno.ELOOP if flags & NO_MAGICLINKS else errno.EXDEV)
+                mount, dentry = place.mount, place.dentry
+                continue
+            target = inode.readlink(task)
+            if not target:
+                raise Errno(errno.ENOENT)
+            if target[0] == 47:
+                if beneath is not None:
+                    raise Errno(errno.EXDEV)
+                mount, dentry = root.mount, root.dentry
+            else:
+                mount, dentry = here
+            if last and target[-1] == 47:
+                must_be_directory = True
+            more = [n for n in target.split(b"/") if n]
+            more.reverse()
+            names += more
+    if parent:  # the path was all slashes
+        return Path(mount, dentry), b"", trailing
+    if must_be_directory and dentry.inode is not None and dentry.inode.mode & 0o170000 != 0o040000:
+        raise Errno(errno.ENOTDIR)
+    return Path(mount, dentry), b"", trailing
+
+
+def step_up(mount: Mount, dentry: Dentry, root: Path) -> tuple[Mount, Dentry]:
+    """Where `..` leads from (mount, dentry), not above `root`."""
+    if dentry is root.dentry and mount is root.mount:
+        return mount, dentry
+    while dentry is mount.root:
+        if mount.parent is None or mount.mountpoint is None:
+            return mount, dentry
+        mount, dentry = mount.parent, mount.mountpoint
+    return mount, dentry.parent
+
+
+def path_of(place: Path, root: Path) -> bytes:
+    """The absolute path of `place` as seen from `root` (getcwd(2)); `(unreachable)` in front when it is not below it."""
+    names: list[bytes] = []
+    mount, dentry = place.mount, place.dentry
+    while not (dentry is root.dentry and mount is root.mount):
+        if dentry is mount.root:
+            if mount.parent is None or mount.mountpoint is None:
+                if dentry is not root.dentry and dentry.parent is not dentry:
+                    return b"(unreachable)/" + b"/".join(reversed(names))
+                break
+            mount, dentry = mount.parent, mount.mountpoint
+            continue
+        names.append(dentry.name)
+        dentry = dentry.parent
+    return b"/" + b"/".join(reversed(names))
+
+
+class File:
+    """An open file description (open(2)): what descriptors point at. `refs` counts descriptors and other holders.
+
+    Data calls take `views`: writable memoryviews of guest memory, in order, as AddressSpace.views gives them. They never
+    sleep: -EAGAIN means that `queue` tells when to try again, and the system call parks on it unless O_NONBLOCK is set.
+    """
+
+    __slots__ = ("inode", "path", "flags", "pos", "refs", "owner", "cursor", "__dict__", "__weakref__")
+    queue: WaitQueue | None = None  # who waits for readiness; None for files that are always ready
+    seekable = False
+
+    def __init__(self, inode: Inode, path: Path | None, flags: int) -> None:
+        self.inode, self.path, self.flags = inode, path, flags & ~(O_CREAT | O_EXCL | O_NOCTTY | O_TRUNC | O_CLOEXEC)
+        self.pos = 0
+        self.refs = 1
+        self.owner: Any = None  # F_SETOWN
+        self.cursor: Any = None  # position of getdents within a snapshot
+
+    def get(self) -> File:
+        """One more holder."""
+        self.refs += 1
+        return self
+
+    def put(self) -> None:
+        """One holder less; the last one releases."""
+        self.refs -= 1
+        if self.refs == 0:
+            self.release()
+
+    def release(self) -> None:
+        """The last holder is gone."""
+
+    def read(self, views: list[memoryview]) -> int:
+        """Read at the file position and move it; returns bytes, 0 at end, -EAGAIN when it would sleep."""
+        n = self.pread(views, self.pos)
+        if n > 0:
+            self.pos += n
+        return n
+
+    def write(self, views: list[memoryview]) -> int:
+        """Write at the file position (or the end with O_APPEND) and move it."""
+        if self.flags & O_APPEND:
+            self.pos = self.inode.size
+        n = self.pwrite(views, self.pos)
+        if n > 0:
+            self.pos += n
+        return n
+
+    def pread(self, views: list[memoryview], pos: int) -> int:
+        """Read at `pos` (pread(2)); ESPIPE where there are no positions."""
+        raise Errno(errno.EINVAL if self.seekable else errno.ESPIPE)
+
+    def pwrite(self, views: list[memoryview], pos: int) -> int:
+        """Write at `pos` (pwrite(2))."""
+        raise Errno(errno.EINVAL if self.seekable else errno.ESPIPE)
+
+    def poll(self) -> int:
+        """Readiness now: POLL* bits (poll(2)). Always ready by default, as regular files are."""
+        return POLLIN | POLLOUT | POLLRDNORM | POLLWRNORM
+
+    def seek(self, offset: int, whence: int) -> int:
+        """lseek(2): SEEK_SET 0, SEEK_CUR 1, SEEK_END 2, SEEK_DATA 3, SEEK_HOLE 4; returns the new position."""
+        if not self.seekable:
+            raise Errno(errno.ESPIPE)
+        size = self.inode.size
+        if whence == 1:
+            offset += self.pos
+        elif whence == 2:
+            offset += size
+        elif whence in (3, 4):
+            if not 0 <= offset < size:
+                raise Errno(errno.ENXIO)
+            offset = offset if whence == 3 else size
+        elif whence != 0:
+            raise Errno(errno.EINVAL)
+        if offset < 0 or offset >= 1 << 63:
+            raise Errno(errno.EINVAL if offset < 0 else errno.EOVERFLOW)
+        self.pos = offset
+        return offset
+
+    def ioctl(self, task: Task, request: int, argument: int) -> int:
+        """ioctl(2); ENOTTY for requests that this file does not know."""
+        raise Errno(errno.ENOTTY)
+
+    def backing(self) -> Any:
+        """What mmap(2) maps (the Backing protocol of kvmsentry.mm); ENODEV where nothing can be mapped."""
+        raise Errno(errno.ENODEV)
+
+    def fsync(self) -> None:
+        """fsync(2)."""
+
+    def fdinfo(self) -> str:
+        """Lines of /proc/PID/fdinfo beyond pos, flags and mnt_id."""
+        return ""
+
+    @property
+    def nonblocking(self) -> bool:
+        """O_NONBLOCK is set."""
+        return bool(self.flags & O_NONBLOCK)
+
+    @property
+    def readable(self) -> bool:
+        """Open for reading."""
+        return self.flags & (O_ACCMODE | O_PATH) in (O_RDONLY, O_RDWR)
+
+    @property
+    def writable(self) -> bool:
+        """Open for writing."""
+        return self.flags & (O_ACCMODE | O_PATH) in (O_WRONLY, O_RDWR)

@@ -1,0 +1,283 @@
+"""The Sentry's one thread: takes events from the platform, runs handlers and coroutines, answers.
+
+    platform.wait() -> ctx --EV_SYSCALL--> table row --int--> ctx.reply
+                                                  --coroutine--> step ... park ... step --int--> ctx.reply
+                           --EV_FAULT----> mm.handle_fault, else SIGSEGV
+                           --EV_KICKED---> exit_to_user
+
+Before a task with `work` pending goes back to application code it passes `exit_to_user`, a coroutine of kernel/signals.py that
+delivers signals, stops, or dies. Exactly one of reply, reload, park and release answers each event.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from kvmsentry import log
+from kvmsentry.errors import BrokenInvariant, Errno
+from kvmsentry.kernel import traps
+from kvmsentry.kernel.task import Process, Session, Task, UtsNamespace
+from kvmsentry.kernel.traps import Sleep, Timers
+from kvmsentry.syscall import table
+from kvmsentry.syscall.table import GONE, RELOAD
+from kvmsentry.vcpu.layout import EV_EXCEPTION, EV_FAULT, EV_HOST_ERROR, EV_KICKED, EV_SYSCALL, RAX
+
+PID_MAX = 32768
+RESTARTS = (-traps.ERESTARTSYS, -traps.ERESTARTNOINTR, -traps.ERESTARTNOHAND, -traps.ERESTART_RESTARTBLOCK)
+
+
+class Kernel:
+    """Everything that is one per sandbox."""
+
+    def __init__(self, platform: Any, frames: Any, hostname: str = "kvmsentry") -> None:
+        self.platform, self.frames = platform, frames
+        self.memory = platform.memory if platform is not None else None
+        self.uts = UtsNamespace(hostname)
+        self.tasks: dict[int, Task] = {}  # by tid
+        self.processes: dict[int, Process] = {}  # by pid, zombies too
+        self.sessions: dict[int, Session] = {}
+        self.ready: deque[Task] = deque()  # tasks whose sleep is over
+        self.timers = Timers(self)
+        self.deferred: list[Callable[[], None]] = []  # to be called before the next wait: work that must not nest
+        self.init: Process | None = None
+        self.exit_status: int | None = None  # wait status of init once it is gone
+        self.boot_time = time.time_ns()
+        self.boot_monotonic = time.monotonic_ns()
+        self.all_cpus = frozenset(range(len(os.sched_getaffinity(0))))
+        self.strace: Callable[[Task, Any, tuple[int, ...], Any], None] | None = None
+        self.max_tasks = PID_MAX - 1
+        self.task_events = 0  # how many events were handled
+        self._last_pid = 0
+
+    def now(self) -> int:
+        """Monotonic time in ns; what deadlines are measured by."""
+        return time.monotonic_ns()
+
+    def new_pid(self) -> int:
+        """The next free id, for a task, process group and session alike; EAGAIN when there is none."""
+        if len(self.tasks) >= self.max_tasks:
+            raise Errno(errno.EAGAIN)
+        pid = self._last_pid
+        for _ in range(PID_MAX):
+            pid += 1
+            if pid >= PID_MAX:
+                pid = 300 if self._last_pid > 300 else 1  # as Linux does: low numbers once only (RESERVED_PIDS)
+            if pid not in self.tasks and pid not in self.processes and not self._group_in_use(pid):
+                self._last_pid = pid
+                return pid
+        raise Errno(errno.EAGAIN)
+
+    def _group_in_use(self, pid: int) -> bool:
+        return pid in self.sessions or any(pid in session.groups for session in self.sessions.values())
+
+    # -- the loop --------------------------------------------------------------------------------------------------------
+    def run(self) -> int:
+        """Serve until init is gone and every task with it; returns init's wait status (wait(2))."""
+        platform, ready, timers, calls = self.platform, self.ready, self.timers, table.calls
+        wait, step = platform.wait, self.step
+        while True:
+            while ready:
+                step(ready.popleft())
+            if self.deferred:
+                work, self.deferred = self.deferred, []
+                for call in work:
+                    call()
+                continue
+            if self.exit_status is not None and not self.tasks:
+                return self.exit_status
+            if timers.heap:
+                deadline = timers.next_deadline()
+                if deadline is None:
+                    timeout = -1
+                else:
+                    now = self.now()
+                    if deadline <= now:
+                        timers.run(now)
+                        continue
+                    timeout = deadline - now
+            else:
+                timeout = -1
+            ctx = wait(timeout)
+            if ctx is None:
+                continue
+            task: Task = ctx.owner
+            if ctx.event != EV_SYSCALL:
+                self.trap(task, ctx)
+                continue
+            task.in_guest = False
+            if self.strace is not None or task.seccomp is not None:
+                self.slow_syscall(task, ctx)
+                continue
+            nr = task.orig_rax = ctx.nr
+            call_row = calls[nr] if nr < 512 else None
+            try:
+                if call_row is None:
+                    result = self.unknown_syscall(task, nr)
+                else:
+                    result = call_row(task, ctx.args)
+            except Errno as error:
+                result = -error.errno
+            if result.__class__ is int and not task.work and not -517 < result < -511:
+                task.in_guest = True
+                ctx.reply(result)
+            else:
+                self.finish(task, result)
+
+    def slow_syscall(self, task: Task, ctx: Any) -> None:
+        """A call with strace or a seccomp filter in the way."""
+        nr = task.orig_rax = ctx.nr
+        args = ctx.args
+        row = table.rows[nr] if nr < 512 else None
+        try:
+            verdict = task.seccomp.check(task, nr, args) if task.seccomp is not None else None
+            if verdict is not None:
+                result: Any = verdict
+            elif row is None:
+                result = self.unknown_syscall(task, nr)
+            else:
+                if self.strace is not None:
+                    self.strace(task, row, args, None)
+                result = row.call(task, args)
+        except Errno as error:
+            result = -error.errno
+        if self.strace is not None and row is not None:
+            if result.__class__ is int:
+                self.strace(task, row, args, result)
+            elif not isinstance(result, (int, table._Sentinel)):
+                result = self._traced(task, row, args, result)
+        self.finish(task, result)
+
+    async def _traced(self, task: Task, row: Any, args: tuple[int, ...], coro: Coroutine[Any, Any, Any]) -> Any:
+        try:
+            result = await coro
+        except Errno as error:
+            result = -error.errno
+        if self.strace is not None:
+            self.strace(task, row, args, result)
+        return result
+
+    def unknown_syscall(self, task: Task, nr: int) -> int:
+        """ENOSYS, with a line in the log the first time."""
+        log.log_once(f"system call {nr} is not supported ({task.comm.decode(errors='replace')})")
+        return -errno.ENOSYS
+
+    def finish(self, task: Task, result: Any) -> None:
+        """A handler of `task` has returned `result`: answer, or begin what it returned."""
+        while True:
+            if result.__class__ is int:
+                if task.work or result in RESTARTS:
+                    result = self.exit_to_user(task, result)
+                    continue
+                task.in_guest = True
+                task.ctx.reply(result)
+            elif result is RELOAD:
+                if task.work:
+                    result = self.exit_to_user(task, None)
+                    continue
+                task.in_guest = True
+                task.ctx.reload()
+            elif result is GONE:
+                pass
+            else:
+                task.coro = result
+                task.sleep = None
+                self.step(task)
+            return
+
+    def step(self, task: Task) -> None:
+        """Run the coroutine of `task` until it parks or ends."""
+        coro, sleep = task.coro, task.sleep
+        if coro is None:
+            raise BrokenInvariant(f"{task} is ready but has no coroutine")
+        task.sleep = None
+        try:
+            if sleep is None:
+                parked: Sleep = coro.send(None)
+            elif sleep.value.__class__ is int:
+                parked = coro.send(sleep.value)
+            else:
+                parked = coro.throw(sleep.value)  # type: ignore[arg-type]
+        except StopIteration as end:
+            task.coro = None
+            self.finish(task, end.value)
+            return
+        except Errno as error:
+            task.coro = None
+            self.finish(task, -error.errno)
+            return
+        if sleep is None and not parked.woken:
+            task.ctx.park()
+        elif sleep is None:  # woken before it could park: the answer follows at once
+            task.ctx.park()
+        task.sleep = parked
+
+    def exit_to_user(self, task: Task, result: int | None) -> Coroutine[Any, Any, Any]:
+        """What stands between `task` and application code; `result` is None when RAX is not to be touched."""
+        from kvmsentry.kernel import signals
+
+        return signals.exit_to_user(task, result)
+
+    # -- what is no system call ------------------------------------------------------------------------------------------
+    def trap(self, task: Task, ctx: Any) -> None:
+        """A fault, an exception or a kick."""
+        from kvmsentry.kernel import signals
+
+        task.in_guest = False
+        task.orig_rax = -1
+        event = ctx.event
+        if event == EV_FAULT:
+            signo, code = task.mm.handle_fault(ctx.fault_address, ctx.error_code)
+            if signo:
+                signals.fault(task, signo, code, ctx.fault_address, 14, ctx.error_code)
+        elif event == EV_EXCEPTION:
+            signals.exception(task, ctx.vector, ctx.error_code)
+        elif event == EV_HOST_ERROR:
+            signals.host_error(task, ctx.error_code)
+        elif event != EV_KICKED:
+            raise BrokenInvariant(f"unknown event {event} from {task}")
+        self.finish(task, RELOAD)
+
+    def interrupt(self, task: Task) -> None:
+        """`task.work` has become true: bring the task to `exit_to_user` soon."""
+        if task.in_guest:
+            task.ctx.kick()
+        elif task.sleep is not None:
+            task.sleep.interrupt()
+
+    def monotonic_to_real(self) -> int:
+        """ns to add to the monotonic clock for the time of day."""
+        return time.time_ns() - time.monotonic_ns()
+
+    # -- for people ------------------------------------------------------------------------------------------------------
+    def dump(self) -> str:
+        """All tasks, a line each: what the stuck machine says of itself."""
+        lines = []
+        for task in self.tasks.values():
+            if task.dead:
+                state = "dead"
+            elif task.in_guest:
+                state = "in guest"
+            elif task.sleep is not None:
+                state = f"parked: {task.sleep.reason}"
+            else:
+                state = "in kernel"
+            row = table.rows[task.orig_rax] if 0 <= task.orig_rax < 512 else None
+            call = row.name if row is not None else "-"
+            lines.append(
+                f"pid {task.process.pid} tid {task.tid} {task.comm.decode(errors='replace')!r} {state} in {call} "
+                f"pending {task.pending.mask | task.process.pending.mask:x} blocked {task.blocked:x}"
+            )
+        return "\n".join(lines)
+
+    def dump_to_stderr(self) -> None:
+        """`dump`, for signal handlers and fatal errors."""
+        sys.stderr.write(self.dump() + "\n")
+
+
+__all__ = ["RAX", "Kernel"]

@@ -1,0 +1,226 @@
+"""Tasks and what they share: the objects behind clone(2)'s flags.
+
+    Task (a thread)  --CLONE_THREAD-->  Process (a thread group)  --> ProcessGroup --> Session
+      .mm       AddressSpace   CLONE_VM        .files  FdTable     CLONE_FILES
+      .fs       FsContext      CLONE_FS        .sighand SigHand    CLONE_SIGHAND
+
+All of it is touched by the Sentry thread only. The behaviour lives beside it: fork.py, exec.py, exit.py, signals.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvmsentry.kernel.traps import Sleep, WaitQueue
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from kvmsentry.fs.fdtable import FdTable
+    from kvmsentry.fs.vfs import FsContext, Path
+    from kvmsentry.kernel.kernel import Kernel
+
+NSIG = 64  # signals are 1..64; signal n is bit n-1 of a mask (arch/x86/include/uapi/asm/signal.h)
+CAP_LAST = 40
+ALL_CAPABILITIES = (1 << (CAP_LAST + 1)) - 1
+RLIM_INFINITY = (1 << 64) - 1
+RLIM_NLIMITS = 16  # uapi/asm-generic/resource.h
+(RLIMIT_CPU, RLIMIT_FSIZE, RLIMIT_DATA, RLIMIT_STACK, RLIMIT_CORE, RLIMIT_RSS, RLIMIT_NPROC, RLIMIT_NOFILE, RLIMIT_MEMLOCK,
+ RLIMIT_AS, RLIMIT_LOCKS, RLIMIT_SIGPENDING, RLIMIT_MSGQUEUE, RLIMIT_NICE, RLIMIT_RTPRIO, RLIMIT_RTTIME) = range(16)  # fmt: skip
+
+
+class Credentials:
+    """Who a task is (credentials(7), capabilities(7)). Never changed in place: a change makes a `replace`d copy."""
+
+    __slots__ = ("uid", "euid", "suid", "fsuid", "gid", "egid", "sgid", "fsgid", "groups", "effective", "permitted",
+                 "inheritable", "bounding", "ambient", "securebits", "user_ns")  # fmt: skip
+
+    def __init__(self, uid: int = 0, gid: int = 0, groups: frozenset[int] = frozenset(), capabilities: int | None = None) -> None:
+        self.uid = self.euid = self.suid = self.fsuid = uid
+        self.gid = self.egid = self.sgid = self.fsgid = gid
+        self.groups = groups
+        bounding = ALL_CAPABILITIES if capabilities is None else capabilities
+        self.bounding = bounding
+        self.effective = self.permitted = bounding if uid == 0 else 0
+        self.inheritable = self.ambient = 0
+        self.securebits = 0
+        self.user_ns: Any = None  # None: the first user namespace
+
+    def replace(self, **changes: Any) -> Credentials:
+        """A copy with some fields changed."""
+        new = Credentials.__new__(Credentials)
+        for name in Credentials.__slots__:
+            setattr(new, name, changes[name] if name in changes else getattr(self, name))
+        return new
+
+    def capable(self, capability: int) -> bool:
+        """Is CAP number `capability` in the effective set?"""
+        return bool(self.effective >> capability & 1)
+
+
+class SigAction:
+    """struct sigaction as the kernel has it. `handler`: SIG_DFL 0, SIG_IGN 1 or an address."""
+
+    __slots__ = ("handler", "flags", "restorer", "mask")
+
+    def __init__(self, handler: int = 0, flags: int = 0, restorer: int = 0, mask: int = 0) -> None:
+        self.handler, self.flags, self.restorer, self.mask = handler, flags, restorer, mask
+
+
+class SigHand:
+    """Dispositions of all signals; index is the signal number."""
+
+    __slots__ = ("actions", "users")
+
+    def __init__(self) -> None:
+        self.actions = [SigAction() for _ in range(NSIG + 1)]
+        self.users = 1
+
+    def copy(self) -> SigHand:
+        """For fork without CLONE_SIGHAND."""
+        new = SigHand()
+        new.actions = [SigAction(a.handler, a.flags, a.restorer, a.mask) for a in self.actions]
+        return new
+
+
+class SigInfo:
+    """siginfo_t before it is laid out: `fields` holds what `code` calls for (pid, uid, status, addr, value, ...)."""
+
+    __slots__ = ("signo", "code", "errno", "fields", "timer")
+
+    def __init__(self, signo: int, code: int = 0, errno: int = 0, **fields: int) -> None:
+        self.signo, self.code, self.errno, self.fields = signo, code, errno, fields
+        self.timer: Any = None  # the POSIX timer that sent it
+
+
+class PendingSignals:
+    """Signals sent and not yet taken: a mask for questions, a list for order and siginfo."""
+
+    __slots__ = ("mask", "queue")
+
+    def __init__(self) -> None:
+        self.mask = 0
+        self.queue: list[SigInfo] = []
+
+
+class UtsNamespace:
+    """uts_namespaces(7)."""
+
+    def __init__(self, nodename: str, domainname: str = "(none)") -> None:
+        self.nodename, self.domainname = nodename, domainname
+
+
+class Session:
+    """setsid(2): process groups that share a controlling terminal."""
+
+    def __init__(self, sid: int) -> None:
+        self.sid = sid
+        self.groups: dict[int, ProcessGroup] = {}
+        self.leader: Process | None = None
+        self.tty: Any = None  # the controlling terminal, fs/tty.py
+
+
+class ProcessGroup:
+    """setpgid(2)."""
+
+    def __init__(self, pgid: int, session: Session) -> None:
+        self.pgid, self.session = pgid, session
+        self.processes: set[Process] = set()
+        session.groups[pgid] = self
+
+
+class Process:
+    """A thread group: what has a pid, a parent and an exit status."""
+
+    def __init__(self, kernel: Kernel, pid: int, parent: Process | None, group: ProcessGroup) -> None:
+        self.kernel, self.pid, self.parent, self.group = kernel, pid, parent, group
+        self.leader: Task
+        self.threads: dict[int, Task] = {}
+        self.children: dict[int, Process] = {}
+        self.exit_signal = 17  # SIGCHLD; what the parent gets
+        self.pending = PendingSignals()
+        self.rlimits: list[tuple[int, int]] = [(RLIM_INFINITY, RLIM_INFINITY)] * RLIM_NLIMITS  # (soft, hard)
+        self.child_events = WaitQueue()  # wait4(2) of this process
+        self.exit_events = WaitQueue()  # pidfds and other watchers of this process's end
+        self.signal_events = WaitQueue()  # signalfd(2), sigtimedwait(2)
+        self.zombie = False
+        self.exiting = False  # exit_group or a fatal signal is under way
+        self.exit_code = 0  # wait status (wait(2)) once exiting
+        self.stopped = 0  # the signal that stopped it, 0 when running
+        self.stop_report = 0  # wait status not yet reported to the parent (WUNTRACED, WCONTINUED)
+        self.cont_events = WaitQueue()  # stopped tasks sleep here
+        self.execed = False
+        self.exe: Path | None = None  # what /proc/PID/exe shows
+        self.subreaper = False
+        self.dumpable = 1
+        self.no_new_privs = False
+        self.start_time = kernel.now()  # ns, monotonic
+        self.children_user = self.children_system = 0  # ns, of waited-for children (times(2))
+        self.timers: dict[int, Any] = {}  # POSIX timers by id
+        self.itimers: list[Any] = [None, None, None]
+        self.personality = 0
+        self.oom_score_adj = 0
+        group.processes.add(self)
+
+    @property
+    def session(self) -> Session:
+        """The session of the process's group."""
+        return self.group.session
+
+    def __repr__(self) -> str:
+        return f"<Process {self.pid}>"
+
+
+class Task:
+    """A thread: something with registers. `ctx` is the platform's context while it has one."""
+
+    def __init__(self, kernel: Kernel, tid: int, process: Process, mm: Any, files: FdTable, fs: FsContext,
+                 sighand: SigHand, creds: Credentials) -> None:  # fmt: skip
+        self.kernel, self.tid, self.process = kernel, tid, process
+        self.mm, self.files, self.fs, self.sighand, self.creds = mm, files, fs, sighand, creds
+        self.uts: UtsNamespace = kernel.uts
+        self.ctx: Any = None
+        self.comm = b""  # 15 bytes at most
+        self.blocked = 0  # signal mask
+        self.saved_blocked: int | None = None  # mask to restore after sigsuspend and friends, once a handler was set up
+        self.pending = PendingSignals()
+        self.work = False  # something waits to be done before the task returns to user code: signals, stops, death
+        self.coro: Coroutine[Any, Any, Any] | None = None
+        self.sleep: Sleep | None = None
+        self.in_guest = False  # running application code: to be kicked if it must come here
+        self.dead = False
+        self.altstack = (0, 2, 0)  # ss_sp, ss_flags (SS_DISABLE), ss_size
+        self.clear_child_tid = 0
+        self.robust_list = 0
+        self.rseq: tuple[int, int, int] | None = None  # address, length, signature
+        self.restart: Any = None  # a function (task) -> result for restart_syscall(2)
+        self.vfork_done: WaitQueue | None = None  # the parent sleeps here until we exec or exit
+        self.nr = -1  # the system call under way
+        self.orig_rax = -1  # its RAX at entry; -1 outside system calls (decides about restarts)
+        self.start_time = kernel.now()
+        self.user_time = self.system_time = 0  # ns
+        self.timerslack = 50_000
+        self.pdeath_signal = 0
+        self.affinity = kernel.all_cpus
+        self.nice = 0
+        self.policy = (0, 0)  # scheduling policy and priority, sched(7)
+        self.seccomp: Any = None
+        process.threads[tid] = self
+
+    def signal_pending(self) -> bool:
+        """Would an interruptible sleep end at once?"""
+        return self.work
+
+    @property
+    def is_leader(self) -> bool:
+        """Is this the thread whose tid is the pid?"""
+        return self.process.leader is self
+
+    def rlimit(self, resource: int) -> int:
+        """The soft limit."""
+        return self.process.rlimits[resource][0]
+
+    def __repr__(self) -> str:
+        return f"<Task {self.tid} {self.comm.decode(errors='replace')}>"
+
+

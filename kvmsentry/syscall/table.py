@@ -1,0 +1,119 @@
+"""The system-call table: one row a call, read by dispatch, by strace, by the support table in the docs.
+
+    @syscall(318, partial="GRND_RANDOM is served from urandom")
+    def getrandom(task: Task, buf: UserPtr, count: Size, flags: UInt) -> int:
+
+A handler is a plain function. It returns a non-negative result or a negative errno, may raise `Errno`, and may return a
+coroutine when it must sleep (then the task parks; the coroutine's return value is the result). The annotations name how each
+register becomes an argument; the conversion is compiled into the row, so that a call costs one Python call more than nothing.
+
+`RELOAD` as a result means that the handler has rewritten the registers (exec, sigreturn); `GONE` that the task is no more.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+NR_SYSCALLS = 512
+
+
+class Kind:
+    """How one register becomes an argument: an expression over `{}` and the name that strace prints it by."""
+
+    def __init__(self, name: str, expression: str, show: str) -> None:
+        self.name, self.expression, self.show = name, expression, show
+
+
+_S32 = "(({} & 0x7fffffff) - ({} & 0x80000000))"
+_S64 = "(({} & 0x7fffffffffffffff) - ({} & 0x8000000000000000))"
+
+# The annotations of handlers. For mypy they are all plain ints; `KINDS` maps the name to its conversion.
+Fd = Int = UInt = Long = ULong = Size = UserPtr = Path = Mode = OpenFlags = Pid = Signal = Offset = DirFd = int
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("Fd", _S32, "fd"),
+        Kind("DirFd", _S32, "dirfd"),
+        Kind("Int", _S32, "int"),
+        Kind("Pid", _S32, "int"),
+        Kind("Signal", _S32, "signal"),
+        Kind("UInt", "({} & 0xffffffff)", "hex"),
+        Kind("Mode", "({} & 0xffffffff)", "octal"),
+        Kind("OpenFlags", "({} & 0xffffffff)", "open_flags"),
+        Kind("Long", _S64, "int"),
+        Kind("Offset", _S64, "int"),
+        Kind("ULong", "{}", "hex"),
+        Kind("Size", "{}", "int"),
+        Kind("UserPtr", "{}", "pointer"),
+        Kind("Path", "{}", "path"),
+    )
+}
+
+
+class _Sentinel:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+RELOAD = _Sentinel("RELOAD")
+GONE = _Sentinel("GONE")
+
+
+class Row:
+    """One system call: number, Linux's name, parameters, and how true our answer is."""
+
+    __slots__ = ("nr", "name", "handler", "call", "parameters", "partial", "note")
+
+    def __init__(self, nr: int, handler: Callable[..., Any], partial: str, note: str) -> None:
+        self.nr, self.handler, self.partial, self.note = nr, handler, partial, note
+        self.name = handler.__name__.removeprefix("sys_")
+        self.parameters: list[tuple[str, str]] = []
+        conversions = []
+        for index, parameter in enumerate(list(inspect.signature(handler).parameters.values())[1:]):
+            kind = KINDS[str(parameter.annotation)]
+            self.parameters.append((parameter.name, kind.show))
+            argument = f"a[{index}]"
+            conversions.append(kind.expression.replace("{}", argument))
+        source = f"lambda task, a: handler(task{''.join(', ' + c for c in conversions)})"
+        self.call = eval(source, {"handler": handler})  # the source is ours alone: names from KINDS
+
+    @property
+    def status(self) -> str:
+        """`full` or `partial`, for the support table."""
+        return "partial" if self.partial else "full"
+
+
+rows: list[Row | None] = [None] * NR_SYSCALLS
+calls: list[Callable[[Any, tuple[int, ...]], Any] | None] = [None] * NR_SYSCALLS
+
+
+def syscall(nr: int, *, partial: str = "", note: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare a handler for amd64 call `nr` (arch/x86/entry/syscalls/syscall_64.tbl). `partial` says what is missing, `note`
+    a deviation that an application can see. Several decorators may stand on one handler."""
+
+    def declare(handler: Callable[..., Any]) -> Callable[..., Any]:
+        if rows[nr] is not None:
+            raise ValueError(f"system call {nr} is declared twice: {rows[nr].name} and {handler.__name__}")
+        row = Row(nr, handler, partial, note)
+        rows[nr] = row
+        calls[nr] = row.call
+        return handler
+
+    return declare
+
+
+def load() -> None:
+    """Import every family of handlers, so that the table is filled. Called once before the sandbox is locked down."""
+    import importlib
+    import pkgutil
+
+    import kvmsentry.syscall as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name.startswith("sys_"):
+            importlib.import_module(f"kvmsentry.syscall.{module.name}")
