@@ -160,6 +160,11 @@ class Process:
         self.itimers: list[Any] = [None, None, None]
         self.personality = 0
         self.oom_score_adj = 0
+        self.creator: Task | None = None  # the thread that forked it: __WNOTHREAD, PR_SET_PDEATHSIG
+        self.unkillable = False  # init: signals without a handler do not reach it
+        self.exec_task: Task | None = None  # the thread in execve(2) that waits for the others to die
+        self.exec_wait = WaitQueue()  # it waits here
+        self.dead_user = self.dead_system = 0  # ns, of threads that are gone
         group.processes.add(self)
 
     @property
@@ -205,6 +210,9 @@ class Task:
         self.nice = 0
         self.policy = (0, 0)  # scheduling policy and priority, sched(7)
         self.seccomp: Any = None
+        self.stop_parked = False  # sleeps in a group stop
+        self.trap = (0, 0, 0)  # trapno, err and cr2 of the last fault: shown in struct sigcontext
+        self.ioprio = 0
         process.threads[tid] = self
 
     def signal_pending(self) -> bool:
