@@ -55,7 +55,7 @@ class FdTable:
         self.files[fd] = file
         (self.cloexec.add if cloexec else self.cloexec.discard)(fd)
         if old is not None:
-            old.put()
+            self.drop(old)
 
     def remove(self, fd: int) -> File:
         """Take `fd` out; the caller owns the reference (and must `put` it). EBADF."""
@@ -66,6 +66,13 @@ class FdTable:
         if fd < self._lowest:
             self._lowest = fd
         return file
+
+    def drop(self, file: File) -> None:
+        """Give back the reference of a descriptor that is no more: the owner of POSIX locks is the table, and closing any
+        descriptor of a file releases them (fcntl(2))."""
+        if file.inode.locks is not None:
+            file.inode.locks.closed(self)
+        file.put()
 
     def copy(self) -> FdTable:
         """For fork: the same files behind the same numbers."""
@@ -80,13 +87,12 @@ class FdTable:
     def close_on_exec(self) -> None:
         """execve(2): close what is marked so."""
         for fd in sorted(self.cloexec):
-            self.remove(fd).put()
+            self.drop(self.remove(fd))
         self.cloexec.clear()
 
     def close_all(self) -> None:
         """The last user is gone."""
         for fd in sorted(self.files):
-            file = self.files.pop(fd)
-            file.put()
+            self.drop(self.files.pop(fd))
         self.cloexec.clear()
         self._lowest = 0

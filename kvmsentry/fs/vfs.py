@@ -34,6 +34,7 @@ O_ACCMODE, O_RDONLY, O_WRONLY, O_RDWR = 3, 0, 1, 2  # uapi/asm-generic/fcntl.h
 O_CREAT, O_EXCL, O_NOCTTY, O_TRUNC, O_APPEND, O_NONBLOCK = 0o100, 0o200, 0o400, 0o1000, 0o2000, 0o4000
 O_DSYNC, FASYNC, O_DIRECT, O_LARGEFILE, O_DIRECTORY, O_NOFOLLOW = 0o10000, 0o20000, 0o40000, 0o100000, 0o200000, 0o400000
 O_NOATIME, O_CLOEXEC, O_PATH, O_SYNC, O_TMPFILE = 0o1000000, 0o2000000, 0o10000000, 0o4010000, 0o20200000
+TASK_IO = 1 << 30  # ours, in File.flags only, never shown: call read_by/write_by(task, views) instead of read/write(views)
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8  # uapi/linux/mount.h
 MS_REMOUNT, MS_BIND, MS_REC = 32, 4096, 16384
@@ -90,7 +91,7 @@ class Inode:
 
     __slots__ = (
         "sb", "ino", "mode", "uid", "gid", "nlink", "rdev", "size", "atime", "mtime", "ctime", "btime", "locks", "watches",
-        "__dict__",
+        "writers", "__dict__", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, sb: SuperBlock, mode: int, uid: int = 0, gid: int = 0, ino: int = 0) -> None:
@@ -102,6 +103,7 @@ class Inode:
         self.atime = self.mtime = self.ctime = self.btime = now
         self.locks: Any = None  # flock(2) and fcntl(2) record locks, fs/locks.py
         self.watches: Any = None  # inotify(7) marks, fs/inotify.py
+        self.writers = 0  # files open for writing; < 0: programs running from it, nobody may write (i_writecount)
 
     # -- attributes ------------------------------------------------------------------------------------------------------
     def refresh(self) -> None:
@@ -184,7 +186,22 @@ class Inode:
         return None
 
     def open(self, task: Task, path: Path, flags: int) -> File:
-        """A new open file description. Permission, O_CREAT, O_EXCL, O_TRUNC, O_DIRECTORY were dealt with by the caller."""
+        """A new open file description, or a coroutine that returns one (a FIFO waits for its other end). Permission,
+        O_CREAT, O_EXCL, O_TRUNC, O_DIRECTORY were dealt with by the caller. Directories, FIFOs and device nodes are opened
+        alike in every file system; one that has regular files overrides this."""
+        kind = self.mode & 0o170000
+        if kind == st.S_IFDIR:
+            return Directory(self, path, flags)
+        if kind == st.S_IFIFO:
+            from kvmsentry.fs import pipe
+
+            return pipe.open_fifo(task, self, path, flags)
+        if kind in (st.S_IFCHR, st.S_IFBLK):
+            if path.mount.flags & MS_NODEV:
+                raise Errno(errno.EACCES)
+            from kvmsentry.fs import devfs
+
+            return devfs.open_device(task, self, path, flags)
         raise Errno(errno.ENXIO)
 
     def getxattr(self, name: bytes) -> bytes:
@@ -465,21 +482,26 @@ def step_up(mount: Mount, dentry: Dentry, root: Path) -> tuple[Mount, Dentry]:
     return mount, dentry.parent
 
 
-def path_of(place: Path, root: Path) -> bytes:
-    """The absolute path of `place` as seen from `root` (getcwd(2)); `(unreachable)` in front when it is not below it."""
+def path_of(place: Path, root: Path, mark: bool = True) -> bytes:
+    """The absolute path of `place` as seen from `root` (getcwd(2)). When it is not below `root`, what is known of the path,
+    with `(unreachable)` in front if `mark`. Says nothing of deleted files: see Dentry.unlinked."""
     names: list[bytes] = []
     mount, dentry = place.mount, place.dentry
+    prefix = b"/"
     while not (dentry is root.dentry and mount is root.mount):
         if dentry is mount.root:
             if mount.parent is None or mount.mountpoint is None:
-                if dentry is not root.dentry and dentry.parent is not dentry:
-                    return b"(unreachable)/" + b"/".join(reversed(names))
+                prefix = b"(unreachable)/" if mark else b"/"
                 break
             mount, dentry = mount.parent, mount.mountpoint
             continue
+        if dentry.parent is dentry:  # a bind mount's root was moved out of what it shows
+            prefix = b"(unreachable)/" if mark else b"/"
+            break
         names.append(dentry.name)
         dentry = dentry.parent
-    return b"/" + b"/".join(reversed(names))
+    names.reverse()
+    return prefix + b"/".join(names)
 
 
 class File:
@@ -489,9 +511,11 @@ class File:
     sleep: -EAGAIN means that `queue` tells when to try again, and the system call parks on it unless O_NONBLOCK is set.
     """
 
-    __slots__ = ("inode", "path", "flags", "pos", "refs", "owner", "cursor", "__dict__", "__weakref__")
+    __slots__ = ("inode", "path", "flags", "pos", "refs", "owner", "cursor", "endings", "__dict__", "__weakref__")
     queue: WaitQueue | None = None  # who waits for readiness; None for files that are always ready
     seekable = False
+    write_all = False  # a blocking write(2) goes on until everything is written: pipes, terminals, stream sockets
+    counted = False  # among `inode.writers`
 
     def __init__(self, inode: Inode, path: Path | None, flags: int) -> None:
         self.inode, self.path, self.flags = inode, path, flags & ~(O_CREAT | O_EXCL | O_NOCTTY | O_TRUNC | O_CLOEXEC)
@@ -499,6 +523,7 @@ class File:
         self.refs = 1
         self.owner: Any = None  # F_SETOWN
         self.cursor: Any = None  # position of getdents within a snapshot
+        self.endings: dict[Any, None] | None = None  # `ending(file)` is called when the last holder is gone: epoll, locks
 
     def get(self) -> File:
         """One more holder."""
@@ -509,6 +534,9 @@ class File:
         """One holder less; the last one releases."""
         self.refs -= 1
         if self.refs == 0:
+            if self.counted:
+                self.counted = False
+                self.inode.writers -= 1
             self.release()
 
     def release(self) -> None:
@@ -573,6 +601,10 @@ class File:
     def fsync(self) -> None:
         """fsync(2)."""
 
+    def fallocate(self, mode: int, offset: int, length: int) -> None:
+        """fallocate(2); mode is FALLOC_FL_* bits. The arguments and the file's being writable were checked by the caller."""
+        raise Errno(errno.EOPNOTSUPP)
+
     def fdinfo(self) -> str:
         """Lines of /proc/PID/fdinfo beyond pos, flags and mnt_id."""
         return ""
@@ -591,3 +623,33 @@ class File:
     def writable(self) -> bool:
         """Open for writing."""
         return self.flags & (O_ACCMODE | O_PATH) in (O_WRONLY, O_RDWR)
+
+
+class Directory(File):
+    """An open directory. `cursor` is a snapshot of its entries; `pos` counts entries of it, `.` and `..` first."""
+
+    __slots__ = ()
+    seekable = True
+
+    def pread(self, views: list[memoryview], pos: int) -> int:
+        """EISDIR."""
+        raise Errno(errno.EISDIR)
+
+    def pwrite(self, views: list[memoryview], pos: int) -> int:
+        """EBADF: a directory is never open for writing."""
+        raise Errno(errno.EBADF)
+
+    def seek(self, offset: int, whence: int) -> int:
+        """lseek(2): SEEK_SET and SEEK_CUR to a position that getdents gave; 0 reads the directory afresh."""
+        if whence == 1:
+            offset += self.pos
+        elif whence == 2:
+            offset = len(self.cursor) if self.cursor is not None else 0
+        elif whence != 0:
+            raise Errno(errno.EINVAL)
+        if offset < 0:
+            raise Errno(errno.EINVAL)
+        if offset == 0:
+            self.cursor = None
+        self.pos = offset
+        return offset
