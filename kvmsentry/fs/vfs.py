@@ -185,7 +185,7 @@ class Inode:
         """For magic links (/proc/PID/fd/N): the place itself; None for ordinary links, whose text is walked."""
         return None
 
-    def open(self, task: Task, path: Path, flags: int) -> File:
+    def open(self, task: Task, path: Path, flags: int) -> Any:
         """A new open file description, or a coroutine that returns one (a FIFO waits for its other end). Permission,
         O_CREAT, O_EXCL, O_TRUNC, O_DIRECTORY were dealt with by the caller. Directories, FIFOs and device nodes are opened
         alike in every file system; one that has regular files overrides this."""
