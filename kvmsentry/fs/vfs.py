@@ -534,6 +534,13 @@ class File:
         """One holder less; the last one releases."""
         self.refs -= 1
         if self.refs == 0:
+            if self.endings is not None:
+                for ending in list(self.endings):
+                    ending(self)
+            if self.inode.watches:
+                from kvmsentry.fs.inotify import closed
+
+                closed(self)
             if self.counted:
                 self.counted = False
                 self.inode.writers -= 1
