@@ -47,6 +47,9 @@ DT_UNKNOWN, DT_FIFO, DT_CHR, DT_DIR, DT_BLK, DT_REG, DT_LNK, DT_SOCK = 0, 1, 2, 
 _next_minor = 20
 
 
+WATCHES: dict[Any, None] = {}  # every inotify(7) mark there is (fs/inotify.py): empty, as it mostly is, costs callers one test
+
+
 def anonymous_dev() -> int:
     """A device number for a file system without a device: major 0 (set_anon_super in fs/super.c)."""
     global _next_minor
@@ -537,7 +540,7 @@ class File:
             if self.endings is not None:
                 for ending in list(self.endings):
                     ending(self)
-            if self.inode.watches:
+            if WATCHES:
                 from kvmsentry.fs.inotify import closed
 
                 closed(self)
