@@ -36,6 +36,8 @@ class Kernel:
     """Everything that is one per sandbox."""
 
     def __init__(self, platform: Any, frames: Any, hostname: str = "kvmsentry") -> None:
+        self.boot_time = time.time_ns()
+        self.boot_monotonic = time.monotonic_ns()
         self.platform, self.frames = platform, frames
         self.memory = platform.memory if platform is not None else None
         self.uts = UtsNamespace(hostname)
@@ -47,17 +49,15 @@ class Kernel:
         self.deferred: list[Callable[[], None]] = []  # to be called before the next wait: work that must not nest
         self.init: Process | None = None
         self.exit_status: int | None = None  # wait status of init once it is gone
-        self.boot_time = time.time_ns()
-        self.boot_monotonic = time.monotonic_ns()
         self.all_cpus = frozenset(range(len(os.sched_getaffinity(0))))
-        self.strace: Callable[[Task, Any, tuple[int, ...], Any], None] | None = None
+        self.strace: Any = None  # a kvmsentry.syscall.strace.Strace while calls are traced
         self.max_tasks = PID_MAX - 1
         self.task_events = 0  # how many events were handled
         self._last_pid = 0
 
     def now(self) -> int:
-        """Monotonic time in ns; what deadlines are measured by."""
-        return time.monotonic_ns()
+        """CLOCK_MONOTONIC as the application sees it, in ns since this kernel booted; what deadlines are measured by."""
+        return time.monotonic_ns() - self.boot_monotonic
 
     def new_pid(self) -> int:
         """The next free id, for a task, process group and session alike; EAGAIN when there is none."""
@@ -251,8 +251,8 @@ class Kernel:
             task.sleep.interrupt()
 
     def monotonic_to_real(self) -> int:
-        """ns to add to the monotonic clock for the time of day."""
-        return time.time_ns() - time.monotonic_ns()
+        """ns to add to `now()` for the time of day."""
+        return time.time_ns() - self.now()
 
     # -- for people ------------------------------------------------------------------------------------------------------
     def dump(self) -> str:

@@ -1,0 +1,229 @@
+"""Address spaces: mmap, munmap, mprotect, mremap, brk, madvise and their kin. The work is AddressSpace's."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+from kvmsentry.fs.vfs import MS_NOEXEC
+from kvmsentry.kernel.task import RLIMIT_MEMLOCK, Task
+from kvmsentry.syscall.table import Fd, Int, Pid, Size, UInt, ULong, UserPtr, syscall
+
+PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4  # uapi/asm-generic/mman-common.h
+PROT_GROWSDOWN, PROT_GROWSUP = 0x01000000, 0x02000000
+MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE, MAP_TYPE = 1, 2, 3, 15
+MAP_ANONYMOUS, MAP_HUGETLB, MAP_LOCKED = 0x20, 0x40000, 0x2000
+CAP_IPC_LOCK = 14
+PAGE_MASK = 4095
+
+
+@syscall(9)
+def mmap(task: Task, addr: UserPtr, length: Size, prot: ULong, flags: UInt, fd: Fd, offset: ULong) -> int:
+    if offset & PAGE_MASK or not length:
+        return -errno.EINVAL
+    kind = flags & MAP_TYPE
+    if flags & MAP_ANONYMOUS:
+        if kind not in (MAP_SHARED, MAP_PRIVATE):
+            return -errno.EINVAL
+        if flags & MAP_HUGETLB:
+            return -errno.ENOMEM  # no huge page is set aside (hugetlbfs has none to give)
+        backing = None
+    else:
+        file = task.files.get_io(fd)
+        if kind not in (MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE):
+            return -errno.EINVAL
+        if not file.readable:
+            return -errno.EACCES
+        if kind != MAP_PRIVATE and prot & PROT_WRITE and not file.writable:
+            return -errno.EACCES
+        if prot & PROT_EXEC and file.path is not None and file.path.mount.flags & MS_NOEXEC:
+            return -errno.EPERM
+        if offset + length >= 1 << 63:
+            return -errno.EOVERFLOW
+        backing = file.backing()
+        if kind == MAP_SHARED_VALIDATE:
+            flags = flags & ~MAP_TYPE | MAP_SHARED
+        if kind != MAP_PRIVATE:
+            return task.mm.mmap(addr, length, prot & 7, flags, backing, offset, max_prot=7 if file.writable else 5)
+    return task.mm.mmap(addr, length, prot & 7, flags, backing, offset)
+
+
+@syscall(11)
+def munmap(task: Task, addr: UserPtr, length: Size) -> int:
+    task.mm.munmap(addr, length)
+    return 0
+
+
+@syscall(10)
+def mprotect(task: Task, addr: UserPtr, length: Size, prot: ULong) -> int:
+    if prot & ~(7 | PROT_GROWSDOWN | PROT_GROWSUP) or prot & PROT_GROWSUP:
+        return -errno.EINVAL
+    task.mm.mprotect(addr, length, prot)
+    return 0
+
+
+@syscall(329, partial="only the key -1, which is mprotect")
+def pkey_mprotect(task: Task, addr: UserPtr, length: Size, prot: ULong, pkey: Int) -> int:
+    return mprotect(task, addr, length, prot) if pkey == -1 else -errno.EINVAL
+
+
+@syscall(330, partial="there are no protection keys: ENOSPC, as on processors without them")
+def pkey_alloc(task: Task, flags: ULong, rights: ULong) -> int:
+    return -errno.EINVAL if flags else -errno.ENOSPC
+
+
+@syscall(331, partial="there are no protection keys to free")
+def pkey_free(task: Task, pkey: Int) -> int:
+    return -errno.EINVAL
+
+
+@syscall(25)
+def mremap(task: Task, old_address: UserPtr, old_size: Size, new_size: Size, flags: ULong, new_address: UserPtr) -> int:
+    return task.mm.mremap(old_address, old_size, new_size, flags, new_address)
+
+
+@syscall(12)
+def brk(task: Task, addr: UserPtr) -> int:
+    return task.mm.set_brk(addr)
+
+
+@syscall(28)
+def madvise(task: Task, addr: UserPtr, length: Size, advice: Int) -> int:
+    return task.mm.madvise(addr, length, advice) or 0
+
+
+@syscall(27)
+def mincore(task: Task, addr: UserPtr, length: Size, vec: UserPtr) -> int:
+    task.mm.write(vec, task.mm.mincore(addr, length))
+    return 0
+
+
+@syscall(26)
+def msync(task: Task, addr: UserPtr, length: Size, flags: Int) -> int:
+    task.mm.msync(addr, length, flags)
+    return 0
+
+
+def _may_lock(task: Task) -> bool:
+    return task.rlimit(RLIMIT_MEMLOCK) > 0 or task.creds.capable(CAP_IPC_LOCK)
+
+
+@syscall(149, note="all memory is resident already")
+def mlock(task: Task, addr: UserPtr, length: Size) -> int:
+    return _mlock(task, addr, length, 0)
+
+
+@syscall(325, note="all memory is resident already")
+def mlock2(task: Task, addr: UserPtr, length: Size, flags: UInt) -> int:
+    if flags & ~1:
+        return -errno.EINVAL
+    return _mlock(task, addr, length, flags)
+
+
+def _mlock(task: Task, addr: int, length: int, flags: int) -> int:
+    if not _may_lock(task):
+        return -errno.EPERM
+    task.mm.rlimit_memlock = task.rlimit(RLIMIT_MEMLOCK) if not task.creds.capable(CAP_IPC_LOCK) else (1 << 64) - 1
+    task.mm.mlock(addr, length, bool(flags & 1))
+    return 0
+
+
+@syscall(150)
+def munlock(task: Task, addr: UserPtr, length: Size) -> int:
+    task.mm.munlock(addr, length)
+    return 0
+
+
+@syscall(151, note="all memory is resident already")
+def mlockall(task: Task, flags: Int) -> int:
+    if not flags or flags & ~7 or flags == 4:
+        return -errno.EINVAL
+    if not _may_lock(task):
+        return -errno.EPERM
+    task.mm.rlimit_memlock = task.rlimit(RLIMIT_MEMLOCK) if not task.creds.capable(CAP_IPC_LOCK) else (1 << 64) - 1
+    task.mm.mlockall(flags)
+    return 0
+
+
+@syscall(152)
+def munlockall(task: Task) -> int:
+    task.mm.munlockall()
+    return 0
+
+
+# -- NUMA: one node, node 0 ------------------------------------------------------------------------------------------------------
+MPOL_DEFAULT, MPOL_MAX = 0, 7  # uapi/linux/mempolicy.h
+MPOL_F_NODE, MPOL_F_ADDR, MPOL_F_MEMS_ALLOWED = 1, 2, 4
+
+
+def _nodes(task: Task, nodemask: int, maxnode: int) -> int:
+    if not nodemask or maxnode <= 1:
+        return 0
+    if maxnode > 4096 * 8:
+        raise_einval()
+    length = (maxnode - 1 + 63) // 64 * 8
+    return int.from_bytes(task.mm.read(nodemask, length), "little") & ((1 << (maxnode - 1)) - 1)
+
+
+def raise_einval() -> None:
+    """EINVAL, as an expression."""
+    from kvmsentry.errors import Errno
+
+    raise Errno(errno.EINVAL)
+
+
+@syscall(238, note="there is one memory node")
+def set_mempolicy(task: Task, mode: Int, nodemask: UserPtr, maxnode: ULong) -> int:
+    policy = mode & 0xFF
+    nodes = _nodes(task, nodemask, maxnode)
+    if policy >= MPOL_MAX or (policy == MPOL_DEFAULT and nodes) or nodes & ~1:
+        return -errno.EINVAL
+    task.mempolicy = (mode, nodes)  # type: ignore[attr-defined]
+    return 0
+
+
+@syscall(239, note="there is one memory node")
+def get_mempolicy(task: Task, policy: UserPtr, nodemask: UserPtr, maxnode: ULong, addr: UserPtr, flags: ULong) -> int:
+    if flags & ~7 or (flags & MPOL_F_MEMS_ALLOWED and flags & 3):
+        return -errno.EINVAL
+    mode, nodes = getattr(task, "mempolicy", (MPOL_DEFAULT, 0))
+    if flags & MPOL_F_MEMS_ALLOWED:
+        nodes = 1
+    if policy:
+        task.mm.write_u32(policy, 0 if flags & MPOL_F_NODE else mode)
+    if nodemask:
+        task.mm.write(nodemask, nodes.to_bytes((min(maxnode, 4096) + 63) // 64 * 8, "little"))
+    return 0
+
+
+@syscall(237, note="there is one memory node")
+def mbind(task: Task, addr: UserPtr, length: Size, mode: ULong, nodemask: UserPtr, maxnode: ULong, flags: UInt) -> int:
+    if addr & PAGE_MASK or mode & 0xFF >= MPOL_MAX or _nodes(task, nodemask, maxnode) & ~1:
+        return -errno.EINVAL
+    return 0
+
+
+@syscall(256, note="there is one memory node")
+def migrate_pages(task: Task, pid: Pid, maxnode: ULong, old_nodes: UserPtr, new_nodes: UserPtr) -> int:
+    return 0 if pid == 0 or pid in task.kernel.processes else -errno.ESRCH
+
+
+@syscall(279, note="there is one memory node")
+def move_pages(
+    task: Task, pid: Pid, count: ULong, pages: UserPtr, nodes: UserPtr, status: UserPtr, flags: Int
+) -> Any:
+    if flags & ~6:
+        return -errno.EINVAL
+    if pid and pid not in task.kernel.processes:
+        return -errno.ESRCH
+    if count > 1 << 20:
+        return -errno.E2BIG
+    for index in range(count):
+        if nodes and task.mm.read_u32(nodes + 4 * index) != 0:
+            return -errno.ENODEV
+        page = task.mm.read_u64(pages + 8 * index)
+        present = task.mm.mmu.lookup(page & ~PAGE_MASK) if page < 1 << 47 else 0
+        task.mm.write_u32(status + 4 * index, 0 if present else -errno.ENOENT & 0xFFFFFFFF)
+    return 0
+
+

@@ -1,0 +1,177 @@
+"""Scheduling calls. The host schedules the vCPU threads: policies are remembered and shown, nice values and affinity are
+taken as hints of the application about itself."""
+
+from __future__ import annotations
+
+import errno
+import struct
+
+from kvmsentry.errors import Errno
+from kvmsentry.kernel.task import Task
+from kvmsentry.syscall.abi_time import write_timespec
+from kvmsentry.syscall.table import Int, Pid, UInt, UserPtr, syscall
+
+SCHED_OTHER, SCHED_FIFO, SCHED_RR, SCHED_BATCH, SCHED_IDLE, SCHED_DEADLINE = 0, 1, 2, 3, 5, 6  # uapi/linux/sched.h
+SCHED_RESET_ON_FORK = 0x40000000
+CAP_SYS_NICE = 23
+RLIMIT_RTPRIO = 14
+SCHED_ATTR = struct.Struct("<IIQiIQQQII")  # struct sched_attr, 56 bytes with utilisation clamps
+SCHED_ATTR_SIZE_VER0 = 48
+
+
+@syscall(24, note="the host's scheduler decides who runs")
+def sched_yield(task: Task) -> int:
+    return 0
+
+
+def _target(task: Task, pid: int) -> Task:
+    if pid < 0:
+        raise Errno(errno.EINVAL)
+    target = task.kernel.tasks.get(pid) if pid else task
+    if target is None:
+        raise Errno(errno.ESRCH)
+    return target
+
+
+def _may_change(task: Task, target: Task) -> None:
+    creds = task.creds
+    if creds.euid not in (target.creds.uid, target.creds.euid) and not creds.capable(CAP_SYS_NICE):
+        raise Errno(errno.EPERM)
+
+
+@syscall(203, note="remembered, not enforced")
+def sched_setaffinity(task: Task, pid: Pid, length: UInt, mask: UserPtr) -> int:
+    wanted = int.from_bytes(task.mm.read(mask, min(length, 1024)), "little")
+    target = _target(task, pid)
+    _may_change(task, target)
+    cpus = frozenset(cpu for cpu in task.kernel.all_cpus if wanted >> cpu & 1)
+    if not cpus:
+        return -errno.EINVAL
+    target.affinity = cpus
+    return 0
+
+
+@syscall(204)
+def sched_getaffinity(task: Task, pid: Pid, length: UInt, mask: UserPtr) -> int:
+    count = max(task.kernel.all_cpus) + 1
+    if length * 8 < count or length & 7:
+        return -errno.EINVAL
+    bits = sum(1 << cpu for cpu in _target(task, pid).affinity)
+    size = min(length, (count + 63) // 64 * 8)
+    task.mm.write(mask, bits.to_bytes(size, "little"))
+    return size
+
+
+def _set_policy(task: Task, target: Task, policy: int, priority: int) -> None:
+    kind = policy & ~SCHED_RESET_ON_FORK
+    if kind in (SCHED_FIFO, SCHED_RR):
+        if not 1 <= priority <= 99:
+            raise Errno(errno.EINVAL)
+        if not task.creds.capable(CAP_SYS_NICE) and priority > target.rlimit(RLIMIT_RTPRIO):
+            raise Errno(errno.EPERM)
+    elif kind in (SCHED_OTHER, SCHED_BATCH, SCHED_IDLE):
+        if priority:
+            raise Errno(errno.EINVAL)
+    else:
+        raise Errno(errno.EINVAL)
+    _may_change(task, target)
+    target.policy = (policy, priority)
+
+
+@syscall(144, note="remembered, not enforced")
+def sched_setscheduler(task: Task, pid: Pid, policy: Int, param: UserPtr) -> int:
+    if policy < 0 or not param:
+        return -errno.EINVAL
+    priority = task.mm.read_u32(param)
+    _set_policy(task, _target(task, pid), policy, priority - ((priority & 0x80000000) << 1))
+    return 0
+
+
+@syscall(145)
+def sched_getscheduler(task: Task, pid: Pid) -> int:
+    return _target(task, pid).policy[0]
+
+
+@syscall(142, note="remembered, not enforced")
+def sched_setparam(task: Task, pid: Pid, param: UserPtr) -> int:
+    if not param:
+        return -errno.EINVAL
+    target = _target(task, pid)
+    priority = task.mm.read_u32(param)
+    _set_policy(task, target, target.policy[0], priority - ((priority & 0x80000000) << 1))
+    return 0
+
+
+@syscall(143)
+def sched_getparam(task: Task, pid: Pid, param: UserPtr) -> int:
+    if not param:
+        return -errno.EINVAL
+    task.mm.write_u32(param, _target(task, pid).policy[1])
+    return 0
+
+
+@syscall(146)
+def sched_get_priority_max(task: Task, policy: Int) -> int:
+    if policy in (SCHED_FIFO, SCHED_RR):
+        return 99
+    return 0 if policy in (SCHED_OTHER, SCHED_BATCH, SCHED_IDLE, SCHED_DEADLINE) else -errno.EINVAL
+
+
+@syscall(147)
+def sched_get_priority_min(task: Task, policy: Int) -> int:
+    if policy in (SCHED_FIFO, SCHED_RR):
+        return 1
+    return 0 if policy in (SCHED_OTHER, SCHED_BATCH, SCHED_IDLE, SCHED_DEADLINE) else -errno.EINVAL
+
+
+@syscall(148)
+def sched_rr_get_interval(task: Task, pid: Pid, tp: UserPtr) -> int:
+    policy = _target(task, pid).policy[0] & ~SCHED_RESET_ON_FORK
+    write_timespec(task.mm, tp, {SCHED_RR: 100_000_000, SCHED_FIFO: 0}.get(policy, 4_000_000))
+    return 0
+
+
+@syscall(314, partial="no SCHED_DEADLINE, no utilisation clamps; remembered, not enforced")
+def sched_setattr(task: Task, pid: Pid, attr: UserPtr, flags: UInt) -> int:
+    if not attr or flags:
+        return -errno.EINVAL
+    size = task.mm.read_u32(attr) or SCHED_ATTR_SIZE_VER0
+    if size < SCHED_ATTR_SIZE_VER0 or size > 4096:
+        task.mm.write_u32(attr, SCHED_ATTR.size)
+        return -errno.E2BIG
+    raw = task.mm.read(attr, size)
+    if any(raw[SCHED_ATTR.size :]):
+        task.mm.write_u32(attr, SCHED_ATTR.size)
+        return -errno.E2BIG
+    _, policy, attr_flags, nice, priority, *_ = SCHED_ATTR.unpack(raw[: SCHED_ATTR.size].ljust(SCHED_ATTR.size, b"\0"))
+    if attr_flags & ~1:
+        return -errno.EINVAL
+    target = _target(task, pid)
+    _set_policy(task, target, policy | (SCHED_RESET_ON_FORK if attr_flags & 1 else 0), priority)
+    if policy in (SCHED_OTHER, SCHED_BATCH):
+        target.nice = max(-20, min(19, nice))
+    return 0
+
+
+@syscall(315)
+def sched_getattr(task: Task, pid: Pid, attr: UserPtr, size: UInt, flags: UInt) -> int:
+    if not attr or flags or not SCHED_ATTR_SIZE_VER0 <= size <= 4096:
+        return -errno.EINVAL
+    target = _target(task, pid)
+    policy, priority = target.policy
+    reset = int(bool(policy & SCHED_RESET_ON_FORK))
+    length = min(size, SCHED_ATTR.size)
+    packed = SCHED_ATTR.pack(length, policy & ~SCHED_RESET_ON_FORK, reset, target.nice, priority, 0, 0, 0, 0, 1024)
+    task.mm.write(attr, packed[:length])
+    return 0
+
+
+@syscall(309)
+def getcpu(task: Task, cpu: UserPtr, node: UserPtr, unused: UserPtr) -> int:
+    if cpu:
+        task.mm.write_u32(cpu, min(task.affinity))
+    if node:
+        task.mm.write_u32(node, 0)
+    return 0
+
+
