@@ -1,8 +1,8 @@
 """The file or directory that an image comes in, as named members with random access.
 
 `docker save` and OCI layouts are tars of documents and layer tars, where a layer may be a symbolic link to another
-member (old `docker save`); an OCI layout may be a plain directory. A tar packed as a whole with gzip or zstd is unpacked
-into an unnamed temporary file first.
+member (old `docker save`); an OCI layout may be a plain directory. A tar packed as a whole with gzip or zstd is
+unpacked into an unnamed temporary file first.
 """
 
 from __future__ import annotations

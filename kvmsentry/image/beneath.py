@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 MAX_LINKS = 40  # as many as Linux follows (namei.h MAXSYMLINKS)
 MAX_DEPTH = 256  # directories below the root; bounds recursion and open descriptors
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _STEP = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -26,7 +27,8 @@ def open_directory(root: int, path: bytes, made: list[bytes] | None = None) -> t
     """Open directory `path` beneath descriptor `root`.
 
     Returns an O_PATH descriptor (the caller closes it) and the path without symbolic links, b"" for the root itself.
-    With a list `made`, missing directories are made, mode 0700, and their paths added to it. Raises OSError: ENOENT, ENOTDIR, ELOOP, or Escape.
+    With a list `made`, missing directories are made, mode 0700, and their paths added to it. Raises OSError: ENOENT,
+    ENOTDIR, ELOOP, ENAMETOOLONG, or Escape.
     """
     pending = [part for part in reversed(path.split(b"/")) if part and part != b"."]
     names: list[bytes] = []
@@ -85,9 +87,7 @@ def read_file(root: int, path: bytes, limit: int) -> bytes:
         parent, real = open_directory(root, directory)
         try:
             try:
-                fd = os.open(
-                    name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=parent
-                )
+                fd = os.open(name, _READ, dir_fd=parent)
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise

@@ -16,7 +16,7 @@ _ARCHITECTURES = {"amd64", "x86_64"}
 
 @dataclass(slots=True)
 class ImageConfig:
-    """What the image asks for. `entrypoint` + `cmd` is the command, `env` holds "NAME=value", `user` "name|uid[:group]"."""
+    """What the image asks for: `entrypoint` + `cmd` is the command, `env` "NAME=value", `user` "name|uid[:group]"."""
 
     entrypoint: list[str] = field(default_factory=list)
     cmd: list[str] = field(default_factory=list)

@@ -89,9 +89,7 @@ def open_image(path: str, ref: str | None = None, progress: Progress | None = No
     except ImageFault as fault:
         raise UserError(f"{path}: {fault}") from None
     except OSError as error:
-        raise HostError(
-            f"unpack {path} into {store.path}", error.errno or errno.EIO, _mend(error, store.path)
-        ) from None
+        raise _refused(f"unpack {path} into {store.path}", error, store.path) from None
 
 
 def list_images() -> list[Image]:
@@ -125,18 +123,19 @@ def remove_image(name: str) -> str:
     try:
         store.remove(image_id)
     except OSError as error:
-        raise HostError(f"remove image {image_id[:12]}", error.errno or errno.EIO, _mend(error, store.path)) from None
+        raise _refused(f"remove image {image_id[:12]}", error, store.path) from None
     return image_id
 
 
-def _mend(error: OSError, path: str) -> str:
+def _refused(operation: str, error: OSError, path: str) -> HostError:
+    mend = ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"make room in {path}, remove images, or set KVMSENTRY_STORE to a place elsewhere"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"make {path} writable or set KVMSENTRY_STORE to a directory that is"
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return "raise the limit on open files (ulimit -n)"
-    return ""
+        mend = f"make room in {path}, remove images, or set KVMSENTRY_STORE to a place elsewhere"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        mend = f"make {path} writable or set KVMSENTRY_STORE to a directory that is"
+    elif error.errno in (errno.EMFILE, errno.ENFILE):
+        mend = "raise the limit on open files (ulimit -n)"
+    return HostError(operation, error.errno or errno.EIO, mend)
 
 
 class _Store:
@@ -201,9 +200,7 @@ class _Store:
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
         except PermissionError as error:
-            raise HostError(
-                f"read the store {self.path}", error.errno or errno.EACCES, _mend(error, self.path)
-            ) from None
+            raise _refused(f"read the store {self.path}", error, self.path) from None
         return value if isinstance(value, dict) else None
 
     # ------------------------------------------------------------------------------------------------- writing

@@ -10,7 +10,7 @@ import queue
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import IO, Protocol, cast
 
 from kvmsentry.image.faults import ImageFault, Limits
 
@@ -160,7 +160,7 @@ def _unzstded(more: Callable[[], bytes]) -> Iterator[bytes]:
 
     unpacker = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
     try:
-        with unpacker.stream_reader(Source(), read_size=INPUT, read_across_frames=True) as reader:
+        with unpacker.stream_reader(cast(IO[bytes], Source()), read_size=INPUT, read_across_frames=True) as reader:
             while piece := reader.read(PIECE):
                 yield piece
     except zstandard.ZstdError as error:

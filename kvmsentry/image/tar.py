@@ -160,38 +160,11 @@ class TarReader:
         """The next entry, None at the end of the archive. What was not read of the last one's data is skipped."""
         extended: dict[bytes, bytes] = {}
         sparse_0: list[bytes] = []
-        while True:
-            if self._left or self._padding:
-                self._skip(self._left + self._padding)
-                self._left = self._padding = 0
-            block = self._take(BLOCK)
-            if not block or block == _ZEROS:
-                if extended:
-                    raise ImageFault("tar archive ends after an extended header")
-                return None
-            (name, mode, uid, gid, size, mtime, checksum, kind, link, magic, major, minor, prefix) = _HEADER.unpack(
-                block
-            )
-            if not sum_holds(block, checksum):
-                raise ImageFault(f"damaged tar header at byte {self.offset - BLOCK}")
-            length = _number(size)
-            if length < 0:
-                raise ImageFault("negative size in a tar header")
-            if kind in b"xXgLK":
-                self._left, self._padding = length, -length % BLOCK
-                if kind in b"xX":
-                    _parse_pax(self.read(MAX_EXTENDED), extended, sparse_0)
-                elif kind == b"g":
-                    _parse_pax(self.read(MAX_EXTENDED), self._globals, [])
-                else:
-                    text = self.read(MAX_EXTENDED).split(b"\0", 1)[0]
-                    extended.setdefault(b"path" if kind == b"L" else b"linkpath", text)
-                continue
-            if kind == b"V":  # GNU volume label: no file
-                self._left, self._padding = length, -length % BLOCK
-                continue
-            break
-
+        block = self._header(extended, sparse_0)
+        if not block:
+            return None
+        name, mode, uid, gid, size, mtime, _, kind, link, magic, major, minor, prefix = _HEADER.unpack(block)
+        length = _number(size)
         self.entries += 1
         entry = Entry()
         entry.name = name.split(b"\0", 1)[0]
@@ -232,6 +205,34 @@ class TarReader:
         if b"\0" in entry.name or b"\0" in entry.link:
             raise ImageFault(f"name with a zero byte: {shown(entry.name)}")
         return entry
+
+    def _header(self, extended: dict[bytes, bytes], sparse_0: list[bytes]) -> bytes:
+        """The next file's header block, b"" at the end; what the extended headers before it say is put into the two."""
+        while True:
+            if self._left or self._padding:
+                self._skip(self._left + self._padding)
+                self._left = self._padding = 0
+            block = self._take(BLOCK)
+            if not block or block == _ZEROS:
+                if extended:
+                    raise ImageFault("tar archive ends after an extended header")
+                return b""
+            if not sum_holds(block, block[148:156]):
+                raise ImageFault(f"damaged tar header at byte {self.offset - BLOCK}")
+            length = _number(block[124:136])
+            if length < 0:
+                raise ImageFault("negative size in a tar header")
+            kind = block[156:157]
+            if kind not in b"xXgLKV":
+                return block
+            self._left, self._padding = length, -length % BLOCK
+            if kind in b"xX":
+                _parse_pax(self.read(MAX_EXTENDED), extended, sparse_0)
+            elif kind == b"g":
+                _parse_pax(self.read(MAX_EXTENDED), self._globals, [])
+            elif kind != b"V":  # a volume label is no file
+                text = self.read(MAX_EXTENDED).split(b"\0", 1)[0]
+                extended.setdefault(b"path" if kind == b"L" else b"linkpath", text)
 
     def _extend(self, entry: Entry, extended: dict[bytes, bytes], length: int) -> int:
         """Apply PAX records; returns the length of the data in the archive."""
@@ -367,7 +368,7 @@ def _nanoseconds(text: bytes) -> int:
 
 
 def _parse_pax(data: bytes, records: dict[bytes, bytes], sparse_0: list[bytes]) -> None:
-    """Add "length key=value\\n" records; an empty value deletes the key. GNU 0.0 repeats keys: those go to `sparse_0`."""
+    """Add "length key=value\\n" records; an empty value deletes the key. Keys that GNU 0.0 repeats go to `sparse_0`."""
     at = 0
     while at < len(data):
         if data[at] == 0:  # some writers pad with zeros

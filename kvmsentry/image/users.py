@@ -1,7 +1,7 @@
 """Who "name[:group]" or "uid[:gid]" is in an image: its own /etc/passwd and /etc/group, read beneath its root.
 
-The rules are Docker's and runc's (libcontainer/user, GetExecPath and GetExecUser): a user that passwd does not know must
-be a number; with a group given there are no supplementary groups.
+The rules are Docker's and runc's (libcontainer/user, GetExecPath and GetExecUser): a user that passwd does not know
+must be a number; with a group given there are no supplementary groups.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class User(NamedTuple):
 
 
 def resolve_user(rootfs: str, spec: str) -> User:
-    """Identity for `spec`: "", "name", "uid", either with ":group" or ":gid". UserError when the image knows no such."""
+    """Identity for `spec`: "", "name", "uid", either with ":group" or ":gid". UserError when there is none."""
     root = os.open(rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         return _resolve(root, spec)
