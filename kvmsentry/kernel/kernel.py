@@ -53,6 +53,9 @@ class Kernel:
         self.strace: Any = None  # a kvmsentry.syscall.strace.Strace while calls are traced
         self.max_tasks = PID_MAX - 1
         self.task_events = 0  # how many events were handled
+        self.current: Task | None = None  # whose system call is being served: terminals ask for job control
+        self.devices: Any = None  # terminals and pseudo-terminals, fs/devfs.py
+        self.sysctl: Any = None  # values of /proc/sys, fs/proc/sysctl.py
         self._last_pid = 0
 
     def now(self) -> int:
@@ -111,6 +114,7 @@ class Kernel:
                 self.trap(task, ctx)
                 continue
             task.in_guest = False
+            self.current = task
             if self.strace is not None or task.seccomp is not None:
                 self.slow_syscall(task, ctx)
                 continue
@@ -196,6 +200,7 @@ class Kernel:
         if coro is None:
             raise BrokenInvariant(f"{task} is ready but has no coroutine")
         task.sleep = None
+        self.current = task
         try:
             if sleep is None:
                 parked: Sleep = coro.send(None)
