@@ -1,0 +1,369 @@
+"""User memory as the kernel reads and writes it: memoryviews of guest RAM behind a walk of VMAs and tables.
+
+A bad pointer is Errno(EFAULT), never an exception of Python's. Pages that are not there yet are brought in as the
+processor would (lazy fill, copy-on-write, stack growth). Two dictionaries keep translations of RAM pages; whatever
+narrows an entry drops them. Pages of a file window may lose their file at any time: they are never cached and go
+through memory.safe_read and safe_write.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Hashable
+from typing import Any
+
+from kvmsentry.errors import Errno
+from kvmsentry.mm.pages import PF_PRESENT, PF_USER, PF_WRITE, Pages
+from kvmsentry.mm.pagetables import GPA, HUGE_MASK, PAGE, P, W
+from kvmsentry.mm.vma import VM_SHARED
+
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+_CACHE_LIMIT = 65536
+
+
+class UserAccess(Pages):
+    """Reading and writing an address space from the kernel. `va` is whatever the application gave: any integer."""
+
+    def _fault_in(self, va: int, write: bool) -> bool:
+        if self.handle_fault(va, PF_USER | (PF_WRITE | PF_PRESENT if write else 0)) == 0:
+            entry = self.mmu.entry(va)
+            return bool(entry & P and (entry & W or not write))
+        return False
+
+    def _walk(self, va: int, n: int, write: bool) -> tuple[list[tuple[int, int]], int]:
+        """((gpa, length) runs, bytes covered) from `va` on, ending early at the first byte that cannot be had."""
+        if va < 0 or n <= 0:
+            return [], 0
+        end = min(va + n, self.user_top)
+        need = P | W if write else P
+        mmu = self.mmu
+        runs: list[tuple[int, int]] = []
+        run_gpa = run_length = 0
+        at, tried = va, -1
+        while at < end:
+            bad = False
+            table = mmu.table(at, end + PAGE - 1 & -PAGE)
+            if table is None:
+                entry = mmu.entry(at)
+                if entry & need == need:
+                    gpa = entry & GPA | at & 0xFFF
+                    stop = min(end, (at | HUGE_MASK) + 1)
+                    if gpa == run_gpa + run_length:
+                        run_length += stop - at
+                    else:
+                        if run_length:
+                            runs.append((run_gpa, run_length))
+                        run_gpa, run_length = gpa, stop - at
+                    at = stop
+                else:
+                    bad = True
+            else:
+                first = table[0]
+                count = len(table)
+                if count > 8 and first & need == need and table == list(range(first, first + (count << 12), PAGE)):
+                    table = [first]
+                    stop = min(end, (at & -PAGE) + (count << 12))
+                else:
+                    stop = min(end, (at | 0xFFF) + 1)
+                for entry in table:
+                    if entry & need != need:
+                        bad = True
+                        break
+                    gpa = entry & GPA | at & 0xFFF
+                    if gpa == run_gpa + run_length:
+                        run_length += stop - at
+                    else:
+                        if run_length:
+                            runs.append((run_gpa, run_length))
+                        run_gpa, run_length = gpa, stop - at
+                    at = stop
+                    stop = min(end, at + PAGE)
+            if bad:
+                # What was walked before stays as it is: a fault replaces only entries that are absent or, for a write,
+                # without W.
+                if at == tried or not self._fault_in(at, write):
+                    break
+                tried = at
+        if run_length:
+            runs.append((run_gpa, run_length))
+        return runs, at - va
+
+    def _walk_all(self, va: int, n: int, write: bool) -> list[tuple[int, int]]:
+        runs, got = self._walk(va, n, write)
+        if got != n:
+            raise Errno(errno.EFAULT)
+        if n and (va & 0xFFF) + n <= PAGE:
+            gpa = runs[0][0] & -PAGE
+            if self.frames.is_ram(gpa):
+                if len(self._rd) > _CACHE_LIMIT:
+                    self._rd.clear()
+                    self._wr.clear()
+                self._rd[va >> 12] = gpa
+                if write:
+                    self._wr[va >> 12] = gpa
+        return runs
+
+    def read(self, va: int, n: int) -> bytes:
+        """`n` bytes at `va`. Errno(EFAULT) when any cannot be read. The caller has bounded `n`."""
+        offset = va & 0xFFF
+        if offset + n <= 4096:
+            gpa = self._rd.get(va >> 12)
+            if gpa is not None:
+                gpa += offset
+                return self._view[gpa : gpa + n].tobytes()
+        runs = self._walk_all(va, n, False)
+        view, is_ram = self._view, self.frames.is_ram
+        parts = [
+            view[gpa : gpa + length] if is_ram(gpa) else self.memory.safe_read(gpa, length)
+            for gpa, length in self._by_kind(runs)
+        ]
+        return b"".join(parts)
+
+    def write(self, va: int, data: Any) -> None:
+        """Stores `data` (bytes-like, contiguous) at `va`. Errno(EFAULT) when any byte cannot be stored; nothing is
+        stored then."""
+        n = len(data)
+        offset = va & 0xFFF
+        if offset + n <= 4096 and type(data) is bytes:
+            gpa = self._wr.get(va >> 12)
+            if gpa is not None:
+                gpa += offset
+                self._view[gpa : gpa + n] = data
+                return
+        source = memoryview(data).cast("B")
+        runs = self._walk_all(va, source.nbytes, True)
+        view, is_ram = self._view, self.frames.is_ram
+        at = 0
+        for gpa, length in self._by_kind(runs):
+            if is_ram(gpa):
+                view[gpa : gpa + length] = source[at : at + length]
+            else:
+                self.memory.safe_write(gpa, source[at : at + length])
+            at += length
+
+    def _by_kind(self, runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """A run never mixes RAM and file window: the two are separate reservations that a run may touch only by
+        accident of layout."""
+        is_ram = self.frames.is_ram
+        out = []
+        for gpa, length in runs:
+            if is_ram(gpa) == is_ram(gpa + length - 1):
+                out.append((gpa, length))
+                continue
+            end = gpa + length
+            while gpa < end:
+                stop = min(end, (gpa | HUGE_MASK) + 1)
+                out.append((gpa, stop - gpa))
+                gpa = stop
+        return out
+
+    def zero(self, va: int, n: int) -> None:
+        """Stores `n` zero bytes at `va` (clear_user). Errno(EFAULT)."""
+        for gpa, length in self._by_kind(self._walk_all(va, n, True)):
+            if self.frames.is_ram(gpa):
+                self.memory.zero(gpa, length)
+            else:
+                self.memory.safe_write(gpa, bytes(length))
+
+    def read_u32(self, va: int) -> int:
+        """Little-endian unsigned 32 bits; one load when aligned (futex words). Errno(EFAULT)."""
+        if not va & 3:
+            gpa = self._rd.get(va >> 12)
+            if gpa is not None:
+                return self._u32[gpa + (va & 0xFFF) >> 2]
+        value: int = _U32.unpack(self.read(va, 4))[0]
+        return value
+
+    def read_u64(self, va: int) -> int:
+        """Little-endian unsigned 64 bits. Errno(EFAULT)."""
+        if not va & 7:
+            gpa = self._rd.get(va >> 12)
+            if gpa is not None:
+                return self._words[gpa + (va & 0xFFF) >> 3]
+        value: int = _U64.unpack(self.read(va, 8))[0]
+        return value
+
+    def write_u32(self, va: int, value: int) -> None:
+        """Stores `value` mod 2**32; one store when aligned. Errno(EFAULT)."""
+        if not va & 3:
+            gpa = self._wr.get(va >> 12)
+            if gpa is not None:
+                self._u32[gpa + (va & 0xFFF) >> 2] = value & 0xFFFF_FFFF
+                return
+        self.write(va, _U32.pack(value & 0xFFFF_FFFF))
+
+    def write_u64(self, va: int, value: int) -> None:
+        """Stores `value` mod 2**64. Errno(EFAULT)."""
+        if not va & 7:
+            gpa = self._wr.get(va >> 12)
+            if gpa is not None:
+                self._words[gpa + (va & 0xFFF) >> 3] = value & 0xFFFF_FFFF_FFFF_FFFF
+                return
+        self.write(va, _U64.pack(value & 0xFFFF_FFFF_FFFF_FFFF))
+
+    def read_struct(self, layout: struct.Struct, va: int) -> tuple[Any, ...]:
+        """`layout` (a compiled struct.Struct) unpacked from `va`. Errno(EFAULT)."""
+        offset = va & 0xFFF
+        if offset + layout.size <= 4096:
+            gpa = self._rd.get(va >> 12)
+            if gpa is not None:
+                return layout.unpack_from(self._view, gpa + offset)
+        return layout.unpack(self.read(va, layout.size))
+
+    def write_struct(self, layout: struct.Struct, va: int, *values: Any) -> None:
+        """`values` packed to `va`. Errno(EFAULT)."""
+        offset = va & 0xFFF
+        if offset + layout.size <= 4096:
+            gpa = self._wr.get(va >> 12)
+            if gpa is not None:
+                layout.pack_into(self._view, gpa + offset, *values)
+                return
+        self.write(va, layout.pack(*values))
+
+    def read_cstring(self, va: int, limit: int) -> bytes:
+        """The bytes before the first NUL; Errno(ENAMETOOLONG) when the string with its NUL is longer than `limit`,
+        Errno(EFAULT)."""
+        parts: list = []
+        left = limit
+        first = 256
+        while left > 0:
+            n = min(left, PAGE - (va & 0xFFF), first)
+            first = PAGE
+            part = self.read(va, n)
+            end = part.find(0)
+            if end >= 0:
+                if not parts:
+                    return part[:end]
+                parts.append(part[:end])
+                return b"".join(parts)
+            parts.append(part)
+            va += n
+            left -= n
+        raise Errno(errno.ENAMETOOLONG)
+
+    def views(self, va: int, n: int, write: bool) -> list[memoryview]:
+        """Views of user memory in order, contiguous ones merged; shorter in sum than `n` when a later page is bad.
+
+        `write`: the kernel will store into them (copy-on-write is broken). Errno(EFAULT) when the first byte is bad; []
+        for n = 0. They are good until this address space changes: use at once, never keep across a sleep. Pages of a
+        file window: for reading they are copies; for writing (a shared file mapping) the pages are probed and then
+        given as they are, so a file that another host process truncates between the probe and the store is the one case
+        that is not caught.
+        """
+        offset = va & 0xFFF
+        view = self._view
+        if offset + n <= 4096:
+            gpa = (self._wr if write else self._rd).get(va >> 12)
+            if gpa is not None:
+                gpa += offset
+                return [view[gpa : gpa + n]]
+        if n == 0:
+            return []
+        runs, got = self._walk(va, n, write)
+        if not got:
+            raise Errno(errno.EFAULT)
+        if offset + n <= 4096:
+            self._walk_all(va, n, write)  # remembers the page
+        out = []
+        is_ram = self.frames.is_ram
+        for gpa, length in self._by_kind(runs):
+            if is_ram(gpa):
+                out.append(view[gpa : gpa + length])
+                continue
+            try:
+                if write:
+                    for page in range(gpa, gpa + length, PAGE):
+                        self.memory.safe_read(page, 1)
+                    out.append(view[gpa : gpa + length])
+                else:
+                    out.append(memoryview(self.memory.safe_read(gpa, length)))
+            except Errno:
+                if not out:
+                    raise
+                break
+        return out
+
+    def cmpxchg_u32(self, va: int, old: int, new: int) -> int:
+        """Atomically: if the aligned word is `old`, store `new`; returns what was there. Errno(EFAULT), Errno(EINVAL)
+        unaligned.
+
+        Atomic towards guest threads when the memory offers cmpxchg_u32 (the C runner does); towards other tasks always.
+        """
+        if va & 3:
+            raise Errno(errno.EINVAL)
+        runs = self._walk_all(va, 4, True)
+        gpa = runs[0][0]
+        if not self.frames.is_ram(gpa):
+            self.memory.safe_read(gpa, 4)
+        atomic = getattr(self.memory, "cmpxchg_u32", None)
+        if atomic is not None:
+            found: int = atomic(gpa, old, new)
+            return found
+        now = self._u32[gpa >> 2]
+        if now == old:
+            self._u32[gpa >> 2] = new
+        return now
+
+    def futex_key(self, va: int, private: bool) -> Hashable:
+        """What identifies the futex word at `va`: (space, va), or (backing, offset) in shared mappings. Errno(EFAULT)
+        unmapped."""
+        if private:
+            if not 0 <= va < self.user_top:
+                raise Errno(errno.EFAULT)
+            return self.ident, va
+        vma = self.tree.find(va)
+        if vma is None or not vma.prot & 7:
+            raise Errno(errno.EFAULT)
+        if vma.flags & VM_SHARED and vma.backing is not None:
+            return getattr(vma.backing, "ident", None) or id(vma.backing), vma.offset + va - vma.start
+        return self.ident, va
+
+    # -- the kernel's own hand, whatever the protection says (ptrace, /proc/PID/mem)
+
+    def read_force(self, va: int, n: int) -> bytes:
+        """As read, but also where the application has no permission (FOLL_FORCE). Errno(EFAULT) where nothing is
+        mapped."""
+        out = []
+        end = va + n
+        while va < end:
+            stop = min(end, (va | 0xFFF) + 1)
+            gpa = self._force(va, False)
+            if self.frames.is_ram(gpa):
+                out.append(self._view[gpa : gpa + stop - va].tobytes())
+            else:
+                out.append(self.memory.safe_read(gpa, stop - va))
+            va = stop
+        return b"".join(out)
+
+    def write_force(self, va: int, data: bytes) -> None:
+        """As write, but also into read-only private mappings (breakpoints), which get a copy. Errno(EFAULT)."""
+        at = 0
+        while at < len(data):
+            stop = min(at + len(data) - at, at + PAGE - (va + at & 0xFFF))
+            gpa = self._force(va + at, True)
+            if self.frames.is_ram(gpa):
+                self._view[gpa : gpa + stop - at] = data[at:stop]
+            else:
+                self.memory.safe_write(gpa, data[at:stop])
+            at = stop
+        self._flush()
+
+    def _force(self, va: int, write: bool) -> int:
+        """GPA of `va`, whose page is brought in; for `write` into a private mapping it is ours alone."""
+        vma = self.tree.find(va)
+        if vma is None or not 0 <= va < self.user_top:
+            raise Errno(errno.EFAULT)
+        page = va & -PAGE
+        if not self.mmu.entry(page):
+            self._fill_around(vma, page)
+        if not self.mmu.entry(page):
+            raise Errno(errno.EFAULT)
+        if write:
+            if vma.flags & VM_SHARED:
+                if not vma.max_prot & 2:
+                    raise Errno(errno.EFAULT)
+            else:
+                self._own(vma, page)
+        entry = self.mmu.entry(page)
+        return entry & GPA | va & 0xFFF
