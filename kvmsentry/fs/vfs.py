@@ -68,6 +68,7 @@ class SuperBlock:
     caching = True  # dentries may be believed
     magic = 0  # statfs(2) f_type
     fstype = "none"
+    readonly = False  # nothing in it may change, through whatever mount
 
     def __init__(self) -> None:
         self.dev = anonymous_dev()
@@ -157,6 +158,10 @@ class Inode:
     def symlink(self, name: bytes, target: bytes, creds: Credentials) -> Inode:
         """A new symbolic link."""
         raise Errno(errno.EROFS)
+
+    def temporary(self, mode: int, creds: Credentials) -> Inode:
+        """A regular file without a name in this directory's file system (O_TMPFILE); EOPNOTSUPP."""
+        raise Errno(errno.EOPNOTSUPP)
 
     def link(self, name: bytes, inode: Inode) -> Inode:
         """A new name for `inode` (same super block); returns the inode the name has now (an overlay may have copied it up)."""
@@ -341,6 +346,7 @@ NO_MAGICLINKS = 4
 BENEATH = 8
 IN_ROOT = 16
 NO_XDEV = 32
+CREATE = 64  # the last component need not be there, even if slashes follow it
 
 
 def walk(task: Task, path: bytes, start: Path | None = None, flags: int = FOLLOW) -> Path:
@@ -349,6 +355,15 @@ def walk(task: Task, path: bytes, start: Path | None = None, flags: int = FOLLOW
     place, name, _ = _walk(task, path, start, flags, parent=False)
     if place.dentry.inode is None:
         raise Errno(errno.ENOENT)
+    return place
+
+
+def place_or_hole(task: Task, path: bytes, start: Path | None, flags: int) -> Path:
+    """Like `walk`, but the last component need not be there: then the place's dentry has no inode and its parent is the
+    directory to create it in (open(2) with O_CREAT, which follows a dangling link). EISDIR when slashes follow the path."""
+    place, _, trailing = _walk(task, path, start, flags | CREATE, parent=False)
+    if trailing:
+        raise Errno(errno.EISDIR)
     return place
 
 
@@ -440,7 +455,7 @@ def _walk(task: Task, path: bytes, start: Path | None, flags: int, parent: bool)
             dentry = mount.root
         inode = dentry.inode
         if inode is None:
-            if last and not must_be_directory:
+            if last and (not must_be_directory or flags & CREATE):
                 break
             raise Errno(errno.ENOENT)
         if inode.mode & 0o170000 == 0o120000 and (not last or flags & FOLLOW or must_be_directory):
@@ -471,7 +486,7 @@ def _walk(task: Task, path: bytes, start: Path | None, flags: int, parent: bool)
         return Path(mount, dentry), b"", trailing
     if must_be_directory and dentry.inode is not None and dentry.inode.mode & 0o170000 != 0o040000:
         raise Errno(errno.ENOTDIR)
-    return Path(mount, dentry), b"", trailing
+    return Path(mount, dentry), b"", must_be_directory
 
 
 def step_up(mount: Mount, dentry: Dentry, root: Path) -> tuple[Mount, Dentry]:
