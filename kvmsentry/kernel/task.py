@@ -151,6 +151,7 @@ class Process:
         self.cont_events = WaitQueue()  # stopped tasks sleep here
         self.execed = False
         self.exe: Path | None = None  # what /proc/PID/exe shows
+        self.exe_inode: Any = None  # the running program, not to be written to (ETXTBSY)
         self.subreaper = False
         self.dumpable = 1
         self.no_new_privs = False
@@ -164,7 +165,6 @@ class Process:
         self.unkillable = False  # init: signals without a handler do not reach it
         self.exec_task: Task | None = None  # the thread in execve(2) that waits for the others to die
         self.exec_wait = WaitQueue()  # it waits here
-        self.dead_user = self.dead_system = 0  # ns, of threads that are gone
         group.processes.add(self)
 
     @property
