@@ -1,7 +1,7 @@
 """Files without a name: the inodes behind pipes, eventfds, epolls, and small helpers for their reads and writes.
 
-Linux gives each pipe an inode of its own on `pipefs`, and all of eventfd, epoll, timerfd, signalfd, inotify, pidfd one shared
-inode on `anon_inodefs` (fs/anon_inodes.c). What /proc/PID/fd/N shows for them is `File.label()`.
+Linux gives each pipe an inode of its own on `pipefs`, and all of eventfd, epoll, timerfd, signalfd, inotify, pidfd one
+shared inode on `anon_inodefs` (fs/anon_inodes.c). What /proc/PID/fd/N shows for them is `File.label()`.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class AnonFile(File):
 
 
 def place_of(file: File) -> Path:
-    """A place for a file that has none, so that magic links (/proc/PID/fd/N) can lead to its inode: a detached mount whose
-    root is the file. Made when asked for and kept with the file."""
+    """A place for a file that has none, so that magic links (/proc/PID/fd/N) can lead to its inode: a detached mount
+    whose root is the file. Made when asked for and kept with the file."""
     place = file.path
     if place is None:
         dentry = Dentry(b"", None, file.inode)

@@ -1,8 +1,8 @@
 """inotify(7): marks on inodes, events in queues.
 
-A mark hangs on the inode it watches (`inode.watches`) and in `vfs.WATCHES`, which is empty as long as nobody watches anything:
-whoever has news tests that first. Events about a child go to the marks of its directory with the child's name, and to the
-child's own marks without one (fsnotify_parent and fsnotify in fs/notify).
+A mark hangs on the inode it watches (`inode.watches`) and in `vfs.WATCHES`, which is empty as long as nobody watches
+anything: whoever has news tests that first. Events about a child go to the marks of its directory with the child's
+name, and to the child's own marks without one (fsnotify_parent and fsnotify in fs/notify).
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ class InotifyFile(AnonFile):
     def fdinfo(self) -> str:
         """A line for each mark."""
         return "".join(
-            f"inotify wd:{mark.wd:x} ino:{mark.inode.ino:x} sdev:{mark.inode.sb.dev:x} mask:{mark.mask & IN_ALL_EVENTS:x} "
-            "ignored_mask:0\n"
+            f"inotify wd:{mark.wd:x} ino:{mark.inode.ino:x} sdev:{mark.inode.sb.dev:x} "
+            f"mask:{mark.mask & IN_ALL_EVENTS:x} ignored_mask:0\n"
             for mark in self.marks.values()
         )
 
@@ -171,9 +171,9 @@ def new_cookie() -> int:
 
 
 def notify(inode: Inode, mask: int, name: bytes = b"", cookie: int = 0) -> None:
-    """Tell the marks on `inode` of the events `mask` (with IN_ISDIR where the subject is a directory); `name` is the child's
-    when `inode` is its directory. Callers test `inode.watches` (or vfs.WATCHES) first. IN_DELETE_SELF and IN_UNMOUNT end the
-    marks."""
+    """Tell the marks on `inode` of the events `mask` (with IN_ISDIR where the subject is a directory); `name` is the
+    child's when `inode` is its directory. Callers test `inode.watches` (or vfs.WATCHES) first. IN_DELETE_SELF and
+    IN_UNMOUNT end the marks."""
     events = mask & ~IN_ISDIR
     for mark in list(inode.watches or ()):
         wanted = mark.mask & events

@@ -1,8 +1,9 @@
 """Pipes and FIFOs: pipe(7), fifo(7).
 
-A pipe is a ring of bytes, so that any read and any write is at most two copies; both ends and everybody who waits share one
-queue and tell their interests apart by the mask. Where Linux counts pages, we count bytes: a pipe is writable when PIPE_BUF bytes
-are free, which is also what makes writes up to PIPE_BUF atomic. Packets (O_DIRECT) put a list of lengths beside the ring.
+A pipe is a ring of bytes, so that any read and any write is at most two copies; both ends and everybody who waits share
+one queue and tell their interests apart by the mask. Where Linux counts pages, we count bytes: a pipe is writable when
+PIPE_BUF bytes are free, which is also what makes writes up to PIPE_BUF atomic. Packets (O_DIRECT) put a list of lengths
+beside the ring.
 """
 
 from __future__ import annotations
@@ -17,8 +18,20 @@ from typing import TYPE_CHECKING, Any
 from kvmsentry.errors import Errno
 from kvmsentry.fs.anon import pipefs
 from kvmsentry.fs.vfs import (
-    O_ACCMODE, O_DIRECT, O_NONBLOCK, O_RDONLY, O_WRONLY,
-    POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDNORM, POLLWRNORM, File, Inode, Path,
+    O_ACCMODE,
+    O_DIRECT,
+    O_NONBLOCK,
+    O_RDONLY,
+    O_WRONLY,
+    POLLERR,
+    POLLHUP,
+    POLLIN,
+    POLLOUT,
+    POLLRDNORM,
+    POLLWRNORM,
+    File,
+    Inode,
+    Path,
 )  # fmt: skip
 from kvmsentry.kernel.traps import WaitQueue, park
 
@@ -50,7 +63,8 @@ def make_ring(capacity: int) -> memoryview:
 class Pipe:
     """The bytes on the way and who is at the ends. `used` bytes start at `head` of `ring`."""
 
-    __slots__ = ("capacity", "ring", "head", "used", "readers", "writers", "reader_opens", "writer_opens", "queue", "packets")
+    __slots__ = ("capacity", "ring", "head", "used", "readers", "writers", "reader_opens", "writer_opens", "queue",
+                 "packets")  # fmt: skip
 
     def __init__(self) -> None:
         global _total
@@ -63,7 +77,7 @@ class Pipe:
         self.queue = WaitQueue()
         self.packets: deque[list[int]] | None = None  # [length, is packet] of successive runs while there are packets
 
-    # -- data ------------------------------------------------------------------------------------------------------------
+    # -- data --------------------------------------------------------------------------------------------------------
     def read(self, views: list[memoryview]) -> int:
         """Take what there is, up to the size of `views`; 0 at the end of file, -EAGAIN when empty."""
         used = self.used
@@ -143,7 +157,7 @@ class Pipe:
             self.queue.wake(READABLE)
         return total
 
-    # -- packets ---------------------------------------------------------------------------------------------------------
+    # -- packets -----------------------------------------------------------------------------------------------------
     def _mark(self, length: int, packet: bool) -> None:
         """`length` bytes were appended: remember where they end."""
         runs = self.packets
@@ -190,7 +204,7 @@ class Pipe:
         self.queue.wake(WRITABLE)
         return done
 
-    # -- for splice(2): the bytes in place ---------------------------------------------------------------------------------
+    # -- for splice(2): the bytes in place ---------------------------------------------------------------------------
     def peek(self, limit: int, skip: int = 0) -> list[memoryview]:
         """The next `limit` bytes after `skip` where they lie; they stay in the pipe."""
         limit = min(limit, self.used - skip)
@@ -246,10 +260,10 @@ class Pipe:
                 self._mark(length, False)
             self.queue.wake(READABLE)
 
-    # -- size ------------------------------------------------------------------------------------------------------------
+    # -- size --------------------------------------------------------------------------------------------------------
     def resize(self, size: int) -> int:
-        """F_SETPIPE_SZ: the new capacity, a power of two of pages; EINVAL, EPERM over the limits, EBUSY when it would lose
-        data."""
+        """F_SETPIPE_SZ: the new capacity, a power of two of pages; EINVAL, EPERM over the limits, EBUSY when it would
+        lose data."""
         global _total
         if size > 1 << 31:
             raise Errno(errno.EINVAL)

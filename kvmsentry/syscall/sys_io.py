@@ -1,8 +1,8 @@
 """Reading and writing through descriptors, and the descriptors themselves.
 
-read(2) and write(2) are the hottest calls of the system: each has a short path that decides with one test of the file's flags
-that nothing is special, and leaves everything else to a slow path. Nobody sleeps on the short path; a coroutine is made when
-there is something to wait for. Order of checks as in fs/read_write.c.
+read(2) and write(2) are the hottest calls of the system: each has a short path that decides with one test of the file's
+flags that nothing is special, and leaves everything else to a slow path. Nobody sleeps on the short path; a coroutine
+is made when there is something to wait for. Order of checks as in fs/read_write.c.
 """
 
 from __future__ import annotations
@@ -16,12 +16,26 @@ from kvmsentry.errors import Errno
 from kvmsentry.fs.inotify import accessed, modified
 from kvmsentry.fs.pipe import new_pipe
 from kvmsentry.fs.vfs import (
-    O_APPEND, O_CLOEXEC, O_DIRECT, O_NONBLOCK, O_PATH, O_WRONLY,
-    POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDHUP, POLLRDNORM, POLLWRNORM, TASK_IO, WATCHES, File,
+    O_APPEND,
+    O_CLOEXEC,
+    O_DIRECT,
+    O_NONBLOCK,
+    O_PATH,
+    O_WRONLY,
+    POLLERR,
+    POLLHUP,
+    POLLIN,
+    POLLOUT,
+    POLLRDHUP,
+    POLLRDNORM,
+    POLLWRNORM,
+    TASK_IO,
+    WATCHES,
+    File,
 )  # fmt: skip
 from kvmsentry.kernel.task import RLIM_INFINITY, RLIMIT_FSIZE, RLIMIT_NOFILE, SigInfo
 from kvmsentry.kernel.traps import park
-from kvmsentry.syscall.table import Fd, Int, Long, Offset, Size, UInt, UserPtr, syscall
+from kvmsentry.syscall.table import Fd, Long, Offset, Size, UInt, UserPtr, syscall
 from kvmsentry.vcpu.layout import USER_TOP
 
 if TYPE_CHECKING:
@@ -45,7 +59,7 @@ Fetch = Callable[[int], list[memoryview]]  # bytes already done -> views of what
 _two_ints = struct.Struct("<ii")
 
 
-# -- read ------------------------------------------------------------------------------------------------------------------------
+# -- read ------------------------------------------------------------------------------------------------------------
 @syscall(0)
 def read(task: Task, fd: Fd, buf: UserPtr, count: Size) -> Any:
     """read(2)."""
@@ -123,7 +137,7 @@ async def _read_wait(task: Task, file: File, fetch: Fetch) -> int:
         file.put()
 
 
-# -- write -----------------------------------------------------------------------------------------------------------------------
+# -- write -----------------------------------------------------------------------------------------------------------
 @syscall(1)
 def write(task: Task, fd: Fd, buf: UserPtr, count: Size) -> Any:
     """write(2)."""
@@ -231,7 +245,8 @@ def broken_pipe(task: Task) -> None:
 
 
 def limit_size(task: Task, file: File, pos: int, count: int) -> int:
-    """How much of a write of `count` at `pos` RLIMIT_FSIZE allows; SIGXFSZ and EFBIG for none (generic_write_check_limits)."""
+    """How much of a write of `count` at `pos` RLIMIT_FSIZE allows; SIGXFSZ and EFBIG for none
+    (generic_write_check_limits)."""
     limit = task.process.rlimits[RLIMIT_FSIZE][0]
     if limit == RLIM_INFINITY or file.inode.mode & 0o170000 != 0o100000:
         return count
@@ -263,7 +278,7 @@ def check_range(buf: int, count: int) -> None:
         raise Errno(errno.EFAULT if buf > USER_TOP or count <= SSIZE_MAX else errno.EINVAL)
 
 
-# -- at a position ---------------------------------------------------------------------------------------------------------------
+# -- at a position ---------------------------------------------------------------------------------------------------
 @syscall(17)
 def pread64(task: Task, fd: Fd, buf: UserPtr, count: Size, pos: Offset) -> int:
     """pread(2)."""
@@ -307,10 +322,10 @@ def positioned(file: File) -> File:
     return file
 
 
-# -- vectors ---------------------------------------------------------------------------------------------------------------------
+# -- vectors ---------------------------------------------------------------------------------------------------------
 def fetch_iov(task: Task, vec: int, count: int) -> tuple[list[tuple[int, int]], int]:
-    """The array of struct iovec at `vec` as (base, length) pairs, and their total, cut at MAX_RW_COUNT; EINVAL for more than
-    IOV_MAX entries or negative lengths, EFAULT (import_iovec in lib/iov_iter.c)."""
+    """The array of struct iovec at `vec` as (base, length) pairs, and their total, cut at MAX_RW_COUNT; EINVAL for more
+    than IOV_MAX entries or negative lengths, EFAULT (import_iovec in lib/iov_iter.c)."""
     if count > IOV_MAX:
         raise Errno(errno.EINVAL)
     if not count:
@@ -332,8 +347,8 @@ def fetch_iov(task: Task, vec: int, count: int) -> tuple[list[tuple[int, int]], 
 
 
 def iov_views(task: Task, iov: list[tuple[int, int]], write: bool, skip: int = 0) -> list[memoryview]:
-    """Views of the memory that `iov` describes beyond the first `skip` bytes; ends early at a bad page, EFAULT when the first
-    is one."""
+    """Views of the memory that `iov` describes beyond the first `skip` bytes; ends early at a bad page, EFAULT when the
+    first is one."""
     out: list[memoryview] = []
     views = task.mm.views
     for base, length in iov:
@@ -486,7 +501,7 @@ def lseek(task: Task, fd: Fd, offset: Offset, whence: UInt) -> int:
     return file.seek(offset, whence)
 
 
-# -- descriptors -----------------------------------------------------------------------------------------------------------------
+# -- descriptors -----------------------------------------------------------------------------------------------------
 @syscall(3)
 def close(task: Task, fd: Fd) -> int:
     """close(2)."""
