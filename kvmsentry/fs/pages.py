@@ -209,10 +209,14 @@ class PageStore:
         """A VMA ended to use the file."""
         self.mapped -= 1
         if self.mapped == 0 and self.cut:
-            for gpa, count in self.cut:
-                self.pool.frames.free(gpa, count)
-                self.pool.used -= count
-            self.cut = []
+            self.free_cut()
+
+    def free_cut(self) -> None:
+        """No page-table entry shows the frames that were cut off any more."""
+        for gpa, count in self.cut:
+            self.pool.frames.free(gpa, count)
+            self.pool.used -= count
+        self.cut = []
 
     # -- data ------------------------------------------------------------------------------------------------------------
     def read(self, views: list[memoryview], pos: int, size: int) -> int:

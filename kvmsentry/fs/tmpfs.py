@@ -155,9 +155,19 @@ class TmpInode(Inode):
     def shrink(self, size: int) -> None:
         """Give up the pages beyond `size` and clear what is left of the last one."""
         store = self.data()
-        store.drop(-(-size // PAGE), 1 << 52)
+        first = -(-size // PAGE)
+        store.drop(first, 1 << 52)
+        if store.mapped:
+            self.zap(first * PAGE, 1 << 62)
         if size % PAGE:
             store.zero(size, -(-size // PAGE) * PAGE)
+
+    def zap(self, offset: int, length: int) -> None:
+        """Frames were cut out of a file that is mapped: nobody sees them from now on, and they are free."""
+        backing = self.paged() if self.paged is not None else None
+        if backing is not None:
+            zap(self.sb.kernel, backing, offset, length)
+        self.data().free_cut()
 
     # -- directories -----------------------------------------------------------------------------------------------------
     def names(self) -> dict[bytes, Any]:
@@ -395,6 +405,8 @@ def punch_hole(inode: TmpInode, offset: int, length: int) -> None:
     first, last = -(-offset // PAGE), end // PAGE
     if first < last:
         store.drop(first, last)
+        if store.mapped:
+            inode.zap(first * PAGE, (last - first) * PAGE)
     if end > offset:
         store.zero(offset, min(end, first * PAGE))
         store.zero(max(offset, last * PAGE), end)
@@ -507,6 +519,16 @@ class TmpFile(File):
             backing = TmpBacking(inode, label)
             inode.paged = weakref.ref(backing)
         return backing
+
+
+def zap(kernel: Kernel, backing: Any, offset: int, length: int) -> None:
+    """Take [offset, offset + length) of `backing` out of every address space; what touches it again asks the backing."""
+    seen = set()
+    for task in kernel.tasks.values():
+        space = task.mm
+        if space is not None and id(space) not in seen:
+            seen.add(id(space))
+            space.zap_backing(backing, offset, length)
 
 
 def label_of(kernel: Kernel, path: Path | None) -> bytes:
