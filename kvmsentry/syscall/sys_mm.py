@@ -84,12 +84,13 @@ def mremap(task: Task, old_address: UserPtr, old_size: Size, new_size: Size, fla
 
 @syscall(12)
 def brk(task: Task, addr: UserPtr) -> int:
-    return task.mm.set_brk(addr)
+    return task.mm.brk(addr)
 
 
 @syscall(28)
 def madvise(task: Task, addr: UserPtr, length: Size, advice: Int) -> int:
-    return task.mm.madvise(addr, length, advice) or 0
+    task.mm.madvise(addr, length, advice)
+    return 0
 
 
 @syscall(27)

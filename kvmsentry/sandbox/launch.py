@@ -1,0 +1,63 @@
+"""Puts the processes of a sandbox together.
+
+    kvmsentry run  =  the supervisor: terminal, signals, exit status
+      |- gofer        serves the file trees over 9P, sees nothing else
+      '- sentry       runs the application; no files, no network of its own
+
+Both children are forked from the supervisor, so the interpreter's pages are shared, and die with it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import sys
+
+from kvmsentry.errors import HostError, UserError
+from kvmsentry.gofer import process as gofer_process
+from kvmsentry.sandbox import boot, supervisor
+from kvmsentry.sandbox.spec import SandboxSpec
+
+
+def choose_platform(name: str) -> str:
+    """`auto` becomes kvm; HostError where /dev/kvm can't be used, UserError for unknown names."""
+    if name not in ("auto", "kvm"):
+        raise UserError(f"unknown platform {name!r} (known: auto, kvm)")
+    device = "/dev/kvm"
+    if not os.path.exists(device):
+        raise HostError(
+            "/dev/kvm is not there", 0, "load it with 'modprobe kvm_amd' or 'modprobe kvm_intel'; in a virtual machine, "
+            "enable nested virtualisation; 'kvmsentry doctor' says more"
+        )  # fmt: skip
+    if not os.access(device, os.R_OK | os.W_OK):
+        raise HostError(
+            "no permission to open /dev/kvm", 0, "add yourself to its group: 'sudo usermod -aG kvm $USER', then log in again"
+        )
+    return "kvm"
+
+
+def run(spec: SandboxSpec) -> int:
+    """Run one sandbox to its end; returns the exit status for the shell (128 + n when a signal ended the command)."""
+    spec.platform = choose_platform(spec.platform)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    gc.collect()
+    gc.freeze()  # the children share these objects: leave their pages alone
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    trees = [gofer_process.TreeSpec("root", spec.rootfs, spec.overlay or spec.readonly_root)]
+    trees += [
+        gofer_process.TreeSpec(f"volume{number}", volume.host, volume.readonly) for number, volume in enumerate(spec.volumes)
+    ]
+    gofer = gofer_process.start(trees)
+    sentry_pid = os.fork()
+    if sentry_pid == 0:
+        status = 70
+        try:
+            ours.close()
+            status = boot.main(spec, gofer.sock, theirs)
+        finally:
+            os._exit(status)
+    theirs.close()
+    gofer.sock.close()
+    return supervisor.supervise(spec, sentry_pid, gofer.pid, ours)

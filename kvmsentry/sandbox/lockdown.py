@@ -1,0 +1,46 @@
+"""What the Sentry gives up before it serves the first guest instruction.
+
+Done here: own mount, network, IPC and UTS namespaces, an empty root, no new privileges, no capabilities. Where the host refuses
+(an ordinary user without user namespaces) the process keeps what it had, and the log says so.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from kvmsentry import log
+from kvmsentry.errors import HostError
+from kvmsentry.gofer import hostcalls
+
+CAP_NET_BIND_SERVICE, CAP_NET_RAW = 1 << 10, 1 << 13  # uapi/linux/capability.h
+
+
+def leave_session() -> None:
+    """First thing in the child: die with the supervisor, hear no signals of its terminal."""
+    hostcalls.prctl(hostcalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.setsid()
+    for signo in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGTSTP, signal.SIGUSR2):
+        signal.signal(signo, signal.SIG_IGN)
+
+
+def enter(keep_network: bool) -> None:
+    """Lock the process in. Everything it needs by path was opened."""
+    flags = hostcalls.CLONE_NEWNS | hostcalls.CLONE_NEWIPC | hostcalls.CLONE_NEWUTS
+    if not keep_network:
+        flags |= hostcalls.CLONE_NEWNET
+    try:
+        hostcalls.unshare(flags)
+        hostcalls.mount(None, b"/", None, hostcalls.MS_REC | hostcalls.MS_PRIVATE)
+        hostcalls.mount(b"none", b"/proc", b"tmpfs", hostcalls.MS_NOSUID | hostcalls.MS_NODEV | hostcalls.MS_NOEXEC, b"size=0,mode=555")
+        os.chroot("/proc")
+        os.chdir("/")
+    except OSError as error:
+        log.log(f"the host refuses namespaces to the sentry ({error}); it keeps its own")
+    try:
+        hostcalls.keep_capabilities(CAP_NET_BIND_SERVICE | CAP_NET_RAW if keep_network else 0)
+    except OSError as error:
+        raise HostError("drop capabilities", error.errno or 0) from None
+    hostcalls.prctl(hostcalls.PR_SET_NO_NEW_PRIVS, 1)
+    hostcalls.prctl(hostcalls.PR_SET_DUMPABLE, 0)
+    hostcalls.prctl(hostcalls.PR_SET_PDEATHSIG, signal.SIGKILL)  # cleared by what was just done (prctl(2))
