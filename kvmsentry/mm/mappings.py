@@ -495,11 +495,11 @@ class Mappings(UserAccess):
 
     # -- brk
 
-    def set_brk(self, start: int) -> None:
+    def start_heap(self, start: int) -> None:
         """Begins the heap at `start` (exec)."""
         self.start_brk = self.brk_end = start
 
-    def brk(self, addr: int) -> int:
+    def set_brk(self, addr: int) -> int:
         """brk(2) as the system call: the new end, or the old one when it cannot be."""
         old = self.brk_end
         if addr < self.start_brk or not self.start_brk or addr > self.user_top:
@@ -529,3 +529,5 @@ class Mappings(UserAccess):
                 self._fill_quietly(heap, low, high)
         self.brk_end = addr
         return addr
+
+    brk = set_brk

@@ -255,7 +255,7 @@ class PageTables:
         if pt is None:
             return None
         index = va >> 12 & 511
-        return self._words[pt + index : pt + min(512, index + (end - va >> 12))].tolist()
+        return self._words[pt + index : pt + min(512, index + (end - (va & -PAGE) >> 12))].tolist()
 
     def _chunks(self, va: int, end: int) -> Iterator[int]:
         """Starts of the parts of [va, end), cut at 2 MiB, that may hold entries: holes of whole directories cost

@@ -28,6 +28,7 @@ class AddressSpace(Advice):
 
     def __init__(self, mmu_factory: Callable[[], PageTables], frames: FrameAllocator, user_top: int = USER_TOP) -> None:
         super().__init__(mmu_factory, frames, user_top)
+        self.image: Any = None  # elf.Image of the program, for /proc and prctl(PR_SET_MM)
 
     def get(self) -> AddressSpace:
         """One more user (clone with CLONE_VM)."""
@@ -113,6 +114,7 @@ class AddressSpace(Advice):
             value = getattr(self, name)
             if getattr(child, name) != value:
                 setattr(child, name, value)
+        child.image = self.image
         budget = self.fork_copy_bytes >> 12
         for vma in self.tree:
             if vma.flags & VM_DONTFORK:
