@@ -25,6 +25,7 @@ from kvmsentry.kernel import traps
 from kvmsentry.kernel.task import Process, Session, Task, UtsNamespace
 from kvmsentry.kernel.traps import Sleep, Timers
 from kvmsentry.syscall import table
+from kvmsentry.syscall.names import NAMES
 from kvmsentry.syscall.table import GONE, RELOAD
 from kvmsentry.vcpu.layout import EV_EXCEPTION, EV_FAULT, EV_HOST_ERROR, EV_KICKED, EV_SYSCALL, RAX
 
@@ -53,7 +54,6 @@ class Kernel:
         self.strace: Any = None  # a kvmsentry.syscall.strace.Strace while calls are traced
         self.max_tasks = PID_MAX - 1
         self.task_events = 0  # how many events were handled
-        self.current: Task | None = None  # whose system call is being served: terminals ask for job control
         self.devices: Any = None  # terminals and pseudo-terminals, fs/devfs.py
         self.sysctl: Any = None  # values of /proc/sys, fs/proc/sysctl.py
         self._last_pid = 0
@@ -114,7 +114,6 @@ class Kernel:
                 self.trap(task, ctx)
                 continue
             task.in_guest = False
-            self.current = task
             if self.strace is not None or task.seccomp is not None:
                 self.slow_syscall(task, ctx)
                 continue
@@ -168,7 +167,8 @@ class Kernel:
 
     def unknown_syscall(self, task: Task, nr: int) -> int:
         """ENOSYS, with a line in the log the first time."""
-        log.log_once(f"system call {nr} is not supported ({task.comm.decode(errors='replace')})")
+        name = NAMES.get(nr, "unknown")
+        log.log_once(f"system call {nr} ({name}) is not supported; asked for by {task.comm.decode(errors='replace')!r}")
         return -errno.ENOSYS
 
     def finish(self, task: Task, result: Any) -> None:
@@ -200,7 +200,6 @@ class Kernel:
         if coro is None:
             raise BrokenInvariant(f"{task} is ready but has no coroutine")
         task.sleep = None
-        self.current = task
         try:
             if sleep is None:
                 parked: Sleep = coro.send(None)
