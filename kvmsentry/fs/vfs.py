@@ -583,6 +583,22 @@ class File:
             self.pos += n
         return n
 
+    def read_by(self, task: Task, views: list[memoryview]) -> int:
+        """`read` for files with TASK_IO, which want to know who asks; the same holds for the next three."""
+        return self.read(views)
+
+    def write_by(self, task: Task, views: list[memoryview]) -> int:
+        """`write`, ditto."""
+        return self.write(views)
+
+    def poll_by(self, task: Task) -> int:
+        """`poll`, ditto."""
+        return self.poll()
+
+    def queue_by(self, task: Task) -> WaitQueue | None:
+        """`queue`, ditto."""
+        return self.queue
+
     def pread(self, views: list[memoryview], pos: int) -> int:
         """Read at `pos` (pread(2)); ESPIPE where there are no positions."""
         raise Errno(errno.EINVAL if self.seekable else errno.ESPIPE)
