@@ -38,8 +38,8 @@ def proc_version() -> str:
     return f"{SYSNAME} version {RELEASE} ({BUILDER}) ({COMPILER}) {VERSION}"
 
 
-def dmesg(kernel: Any) -> list[tuple[int, int, str]]:
-    """How this kernel booted: (level, microseconds since boot, line), in order; syslog(2), /dev/kmsg.
+def boot_lines(kernel: Any) -> list[tuple[int, int, str]]:
+    """How this kernel booted: (level, microseconds since boot, line), in order; /dev/kmsg.
 
     The same every time it is asked in one sandbox, a little different in the next.
     """
@@ -69,6 +69,8 @@ def command_line() -> str:
     return "console=tty quiet panic=-1 kvmsentry"
 
 
-def dmesg_text(kernel: Any) -> str:
+def dmesg(kernel: Any) -> str:
     """The ring buffer as syslog(2) SYSLOG_ACTION_READ_ALL gives it: `<level>[seconds] text` lines."""
-    return "".join(f"<{level}>[{at // 1_000_000:5d}.{at % 1_000_000:06d}] {text}\n" for level, at, text in dmesg(kernel))
+    return "".join(
+        f"<{level}>[{at // 1_000_000:5d}.{at % 1_000_000:06d}] {text}\n" for level, at, text in boot_lines(kernel)
+    )
