@@ -101,6 +101,9 @@ class Client:
             got = sock.recv_into(self._view)
         except OSError as problem:
             raise self._lost(problem.strerror or "the connection broke") from None
+        except BaseException:
+            self._lost("a call was interrupted")  # its answer would be taken for that of the next call
+            raise
         return self._checked(got, tag, answer)
 
     def _checked(self, got: int, tag: int, answer: int) -> int:
@@ -129,6 +132,9 @@ class Client:
                 got += more
         except OSError as problem:
             raise self._lost(problem.strerror or "the connection broke") from None
+        except BaseException:
+            self._lost("a call was interrupted")
+            raise
         return got
 
     def _call(self, row: Message, answer: Message, *values: Any, tag: int = _TAG) -> tuple[Any, ...]:
@@ -157,6 +163,9 @@ class Client:
             )
         except OSError as problem:
             raise self._lost(problem.strerror or "the connection broke") from None
+        except BaseException:
+            self._lost("a call was interrupted")
+            raise
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(data[: len(data) - len(data) % 4])
@@ -696,12 +705,27 @@ class Node:
         except Errno as error:
             if error.errno != EOPNOTSUPP:
                 raise
-            moving = self._clone(name)
+            moving = self._clone(name)  # a server from before renameat
             client._call(p9.T.rename, p9.R.rename, moving.fid, new_dir.fid, new_name)
 
     def unlink(self, name: bytes, directory: bool = False) -> None:
         """unlink(2), or rmdir(2) with `directory`. Nodes of the removed object keep working for getattr and open."""
-        self.client._call(p9.T.unlinkat, p9.R.unlinkat, self.fid, name, p9.AT_REMOVEDIR if directory else 0)
+        client = self.client
+        try:
+            client._call(p9.T.unlinkat, p9.R.unlinkat, self.fid, name, p9.AT_REMOVEDIR if directory else 0)
+        except Errno as error:
+            if client.extended or error.errno != EOPNOTSUPP:
+                raise
+            node = self.lookup(name)  # a server from before unlinkat
+            if node is None:
+                raise Errno(ENOENT) from None
+            if stat.S_ISDIR(node.attr.mode) != directory:
+                raise Errno(ENOTDIR if directory else EISDIR) from None
+            fid, node.fid = node.fid, -1
+            try:
+                client._call(p9.T.remove, p9.R.remove, fid)  # clunks it whatever the answer
+            finally:
+                client._free.append(fid)
 
     # --- extended attributes ---
 

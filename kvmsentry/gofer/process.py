@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from kvmsentry.errors import HostError
 from kvmsentry.gofer import hostcalls as host
 from kvmsentry.gofer.nodes import Tree
-from kvmsentry.gofer.server import Server, complain
+from kvmsentry.gofer.server import Server
+from kvmsentry.gofer.session import complain
 
 # Reading and owning files as the container's root does; nothing else.
 KEPT_CAPABILITIES = (
@@ -215,6 +216,7 @@ def _enter_namespaces(required: bool) -> list[str]:
         names.append("user")
         # The user's own files are the container root's; user_namespaces(7) wants setgroups denied first.
         try:
+            host.prctl(host.PR_SET_DUMPABLE, 1)  # after a setuid(2), /proc/self would be root's
             for path, line in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
                 with open(f"/proc/self/{path}", "w") as file:
                     file.write(line)

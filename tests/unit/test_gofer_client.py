@@ -27,7 +27,7 @@ Answer = Callable[[socket.socket, bytes], None]
 
 @contextmanager
 def served_by(answer: Answer, extended: bool = True) -> Iterator[Client]:
-    """A client whose server says hello and is then `answer(sock, request)`; it hangs up when `answer` raises EOFError."""
+    """A client whose server says hello and is then `answer(sock, request)`; EOFError from that hangs up."""
     ours, theirs = socket.socketpair()
     version = p9.VERSION_EXTENDED if extended else p9.VERSION
 

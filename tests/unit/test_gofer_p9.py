@@ -62,7 +62,8 @@ def test_random_bytes_decode_or_are_malformed(row: p9.Message, body: bytes) -> N
 
 def test_known_bytes() -> None:
     """Twalk and Tversion as in the Plan 9 manual: layout pinned by hand, so that both halves cannot be wrong alike."""
-    assert p9.T.version.encode(0xFFFF, 8192, b"9P2000.L") == bytes.fromhex("15000000 64 ffff 00200000 0800") + b"9P2000.L"
+    hello = bytes.fromhex("15000000 64 ffff 00200000 0800") + b"9P2000.L"
+    assert p9.T.version.encode(0xFFFF, 8192, b"9P2000.L") == hello
     assert p9.T.walk.encode(1, 2, 3, [b"usr", b"x"]) == (
         bytes.fromhex("19000000 6e 0100 02000000 03000000 0200 0300") + b"usr" + bytes.fromhex("0100") + b"x"
     )

@@ -153,7 +153,7 @@ def test_a_terminals_interrupt_is_not_for_it(tmp_path: Path) -> None:
 @pytest.mark.skipif(not ROOT, reason="NOT TESTED: becoming another user needs root")
 @pytest.mark.parametrize("namespaces", [False, True])
 def test_as_an_ordinary_user(tmp_path: Path, namespaces: bool) -> None:
-    """uid 65534, with a user namespace and without: its own files are served, and belong to root inside the namespace."""
+    """uid 65534, with a user namespace and without: its files are served, and are root's inside the namespace."""
     tree = tmp_path / "tree"
     tree.mkdir()
     for path in (tmp_path, *tmp_path.parents):

@@ -1,4 +1,4 @@
-"""Our client against our Gofer, with the extensions and without: every operation, and every way out of the tree we know."""
+"""Our client against our Gofer, with the extensions and without: every operation, every way out of the tree we know."""
 
 from __future__ import annotations
 
@@ -10,9 +10,24 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from errno import (
-    EACCES, EBADF, EEXIST, EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENODATA, ENOENT, ENOTDIR, ENOTEMPTY, ENXIO, EOPNOTSUPP,
-    EPERM, EROFS, ESTALE, EXDEV,
-)  # fmt: skip
+    EACCES,
+    EBADF,
+    EEXIST,
+    EINVAL,
+    EISDIR,
+    ELOOP,
+    ENAMETOOLONG,
+    ENODATA,
+    ENOENT,
+    ENOTDIR,
+    ENOTEMPTY,
+    ENXIO,
+    EOPNOTSUPP,
+    EPERM,
+    EROFS,
+    ESTALE,
+    EXDEV,
+)
 from pathlib import Path
 
 import pytest
@@ -20,7 +35,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvmsentry.errors import Errno
-from kvmsentry.gofer import p9, server
+from kvmsentry.gofer import p9, session
 from kvmsentry.gofer.client import NOW, Client, Node
 from kvmsentry.gofer.nodes import Tree
 from kvmsentry.gofer.process import TreeSpec, start
@@ -72,7 +87,7 @@ def tree(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["extended", "plain", "confined"])
 def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
-    """connect(path, read_only=False) -> root node; a Gofer each time, census at the end: every one ends with its socket."""
+    """connect(path, read_only=False) -> root node; a Gofer each time, and each ends with its socket."""
     running: list[tuple[int, Client]] = []
 
     def connect(path: Path, read_only: bool = False) -> Node:
@@ -253,7 +268,7 @@ def test_a_name_that_becomes_a_symlink(tree: Path, connect: Connect) -> None:
 
 
 def test_renames_racing_a_walk(tree: Path, connect: Connect) -> None:
-    """A host process swaps a directory for a symlink to the outside, over and over, while names are walked through it."""
+    """A host process keeps swapping a directory for a symlink to the outside while names are walked through it."""
     root = connect(tree)
     (tree / "swap").mkdir()
     (tree / "swap" / "mine").write_text("mine")
@@ -382,7 +397,8 @@ def test_owners(tree: Path, connect: Connect) -> None:
         os.close(fd)
         assert node.getattr().mode & 0o7777 == 0o6755
     assert (os.stat(tree / "new").st_uid, os.stat(tree / "new").st_gid) == (5, 7)
-    for made in (root.mkdir(b"d", 0o1755, 7, 5), root.symlink(b"l", b"nowhere", 7, 5), root.mknod(b"f", 0o010644, 7, 5)):
+    made_here = (root.mkdir(b"d", 0o1755, 7, 5), root.symlink(b"l", b"nowhere", 7, 5), root.mknod(b"f", 0o010644, 7, 5))
+    for made in made_here:
         assert (made.attr.uid, made.attr.gid) == (5, 7)
     assert os.stat(tree / "d").st_mode & 0o7777 == 0o1755
     link = _find(root, b"l")
@@ -562,11 +578,13 @@ def alone(tree: Path) -> Iterator[Server]:
 
 
 _NAMES = st.sampled_from(
-    [b"file", b"dir", b"deep", b"leaf", b"up", b"absolute", b"magic", b"fifo", b"socket", b"new", b"n2", b"..", b".", b"",
-     b"/", b"../outside", b"a\0b", b"x" * 256, b"user.x", b"security.capability"]
+    [b"file", b"dir", b"deep", b"leaf", b"up", b"absolute", b"magic", b"fifo", b"socket", b"new", b"n2", b"..", b".",
+     b"", b"/", b"../outside", b"a\0b", b"x" * 256, b"user.x", b"security.capability"]
 )  # fmt: skip
 _FIDS = st.integers(0, 6)
-_NUMBERS = st.sampled_from([0, 1, 2, 0o644, 0o40755, 0o120777, 0o10644, 0o101, 0o100001, 0o2000000, 4096, 1 << 31, 2**32 - 1])
+_NUMBERS = st.sampled_from(
+    [0, 1, 2, 0o644, 0o40755, 0o120777, 0o10644, 0o101, 0o100001, 0o2000000, 4096, 1 << 31, 2**32 - 1]
+)
 
 
 def _fuzz_field(name: str, kind: str) -> st.SearchStrategy[object]:
@@ -699,8 +717,8 @@ def test_many_fids_need_few_descriptors(alone: Server, tree: Path) -> None:
 
 
 def test_limits_on_fids(alone: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "FIDS_MOST", 3)
-    monkeypatch.setattr(server, "OPENS_MOST", 1)
+    monkeypatch.setattr(session, "FIDS_MOST", 3)
+    monkeypatch.setattr(session, "OPENS_MOST", 1)
     alone.extended = True
     answers = []
     for request in (
@@ -721,7 +739,8 @@ def test_limits_on_fids(alone: Server, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_links_between_trees(tree: Path, tmp_path: Path) -> None:
     """Several trees, found by name and index; nothing is renamed or linked from one into the other."""
-    gofer = start([TreeSpec("a", str(tree)), TreeSpec("b", str(tmp_path / "outside"), read_only=True)], namespaces=False)
+    specs = [TreeSpec("a", str(tree)), TreeSpec("b", str(tmp_path / "outside"), read_only=True)]
+    gofer = start(specs, namespaces=False)
     client = Client(gofer.sock)
     a, b, by_index = client.attach("a"), client.attach("b"), client.attach("1")
     assert b.attr == by_index.attr and client.attach().attr == a.attr
