@@ -1,0 +1,249 @@
+"""System V IPC: message queues, semaphore sets, shared memory segments (sysvipc(7)), one namespace a sandbox."""
+
+from __future__ import annotations
+
+import errno
+import time
+from typing import Any
+
+from kvmsentry.errors import Errno
+from kvmsentry.kernel.task import Credentials, Process, Task
+from kvmsentry.kernel.traps import WaitQueue, park
+from kvmsentry.mm.shared import SharedMemory
+
+IPC_PRIVATE, IPC_CREAT, IPC_EXCL, IPC_NOWAIT = 0, 0o1000, 0o2000, 0o4000  # uapi/linux/ipc.h
+CAP_IPC_OWNER, CAP_SYS_ADMIN = 15, 21
+SEQ_SHIFT, MAX_IDS = 15, 1 << 15  # an id is sequence << 15 | index (ipc/util.h)
+SEMMSL, SEMVMX, SEMOPM = 32000, 32767, 500
+MSGMAX, MSGMNB = 8192, 16384
+SEM_UNDO = 0x1000
+
+
+class IpcObject:
+    """What the three kinds share: key, owner, mode, id."""
+
+    def __init__(self, key: int, mode: int, creds: Credentials) -> None:
+        self.key, self.mode = key, mode & 0o777
+        self.uid = self.cuid = creds.euid
+        self.gid = self.cgid = creds.egid
+        self.id = self.seq = 0
+        self.ctime = int(time.time())
+        self.removed = False
+
+    def permit(self, mask: int, creds: Credentials) -> None:
+        """EACCES unless `creds` may do `mask` (4 read, 2 write), ipcperms in ipc/util.c."""
+        bits = self.mode
+        if creds.euid in (self.uid, self.cuid):
+            bits >>= 6
+        elif {self.gid, self.cgid} & ({creds.egid} | creds.groups):
+            bits >>= 3
+        if mask & ~bits & 7 and not creds.capable(CAP_IPC_OWNER):
+            raise Errno(errno.EACCES)
+
+    def own(self, creds: Credentials) -> None:
+        """EPERM unless `creds` may change or remove this."""
+        if creds.euid not in (self.uid, self.cuid) and not creds.capable(CAP_SYS_ADMIN):
+            raise Errno(errno.EPERM)
+
+
+class IpcTable:
+    """Ids and keys of one kind."""
+
+    def __init__(self, limit: int) -> None:
+        self.objects: dict[int, Any] = {}  # by index
+        self.keys: dict[int, Any] = {}
+        self.limit = limit
+        self._seq = 0
+
+    def get(self, key: int, flags: int, creds: Credentials, make: Any, check: Any) -> int:
+        """msgget(2), semget(2), shmget(2): the id for `key`."""
+        found = self.keys.get(key) if key != IPC_PRIVATE else None
+        if found is not None:
+            if flags & IPC_CREAT and flags & IPC_EXCL:
+                raise Errno(errno.EEXIST)
+            check(found)
+            found.permit((flags >> 6 | flags >> 3 | flags) & 6, creds)
+            return int(found.id)
+        if key != IPC_PRIVATE and not flags & IPC_CREAT:
+            raise Errno(errno.ENOENT)
+        if len(self.objects) >= self.limit:
+            raise Errno(errno.ENOSPC)
+        made = make()
+        index = 0
+        while index in self.objects:
+            index += 1
+        made.seq = self._seq & 0xFFFF
+        self._seq += 1
+        made.id = (made.seq << SEQ_SHIFT | index) & 0x7FFFFFFF
+        self.objects[index] = made
+        if key != IPC_PRIVATE:
+            self.keys[key] = made
+        return int(made.id)
+
+    def find(self, number: int) -> Any:
+        """The object with that id; EINVAL for ids that never were, EIDRM for those that are gone."""
+        if number < 0:
+            raise Errno(errno.EINVAL)
+        found = self.objects.get(number & (MAX_IDS - 1))
+        if found is None:
+            raise Errno(errno.EINVAL)
+        if found.id != number:
+            raise Errno(errno.EIDRM)
+        return found
+
+    def remove(self, victim: Any) -> None:
+        """IPC_RMID: the id and the key are free again."""
+        victim.removed = True
+        self.objects.pop(victim.id & (MAX_IDS - 1), None)
+        if self.keys.get(victim.key) is victim:
+            del self.keys[victim.key]
+
+
+class Message:
+    """One message of a queue."""
+
+    __slots__ = ("kind", "text")
+
+    def __init__(self, kind: int, text: bytes) -> None:
+        self.kind, self.text = kind, text
+
+
+class MessageQueue(IpcObject):
+    """msgget(2)."""
+
+    def __init__(self, key: int, mode: int, creds: Credentials) -> None:
+        super().__init__(key, mode, creds)
+        self.messages: list[Message] = []
+        self.bytes = 0
+        self.max_bytes = MSGMNB
+        self.stime = self.rtime = self.lspid = self.lrpid = 0
+        self.senders, self.receivers = WaitQueue(), WaitQueue()
+
+    def select(self, kind: int, except_: bool) -> int:
+        """Index of the message that msgrcv(2) would take for `kind`; -1 when there is none."""
+        best = -1
+        for index, message in enumerate(self.messages):
+            if kind == 0 or (kind > 0 and (message.kind != kind) == except_):
+                return index
+            if kind < 0 and message.kind <= -kind and (best < 0 or message.kind < self.messages[best].kind):
+                best = index
+        return best
+
+
+class SemaphoreSet(IpcObject):
+    """semget(2)."""
+
+    def __init__(self, key: int, mode: int, creds: Credentials, count: int) -> None:
+        super().__init__(key, mode, creds)
+        self.values = [0] * count
+        self.pids = [0] * count
+        self.otime = 0
+        self.sleepers: list[tuple[int, bool]] = []  # (semaphore, waits for zero) of each sleeping semop
+        self.changed = WaitQueue()
+        self.undo: dict[Process, list[int]] = {}
+
+    def attempt(self, operations: list[tuple[int, int, int]], process: Process) -> int:
+        """Do all of [(number, operation, flags)] or nothing; returns -1 when done, else the index of the one that would
+        sleep. EFBIG, ERANGE."""
+        values = list(self.values)
+        undo = list(self.undo.get(process, [0] * len(values)))
+        for index, (number, operation, flags) in enumerate(operations):
+            if number >= len(values):
+                raise Errno(errno.EFBIG)
+            if operation == 0:
+                if values[number]:
+                    return index
+                continue
+            if values[number] + operation < 0:
+                return index
+            if values[number] + operation > SEMVMX:
+                raise Errno(errno.ERANGE)
+            values[number] += operation
+            if flags & SEM_UNDO:
+                undo[number] -= operation
+                if not -SEMVMX - 1 <= undo[number] <= SEMVMX:
+                    raise Errno(errno.ERANGE)
+        for number, _, _ in operations:
+            self.pids[number] = process.pid
+        self.otime = int(time.time())
+        if values != self.values:
+            self.values = values
+            self.changed.wake()
+        if any(flags & SEM_UNDO for _, _, flags in operations):
+            self.undo[process] = undo
+        return -1
+
+    async def wait(self, task: Task, operations: list[tuple[int, int, int]], deadline: int | None) -> int:
+        """semtimedop(2) once it was found that it would sleep."""
+        while True:
+            blocked = self.attempt(operations, task.process)
+            if blocked < 0:
+                return 0
+            number, operation, flags = operations[blocked]
+            if flags & IPC_NOWAIT or (deadline is not None and task.kernel.now() >= deadline):
+                return -errno.EAGAIN
+            sleeper = (number, operation == 0)
+            self.sleepers.append(sleeper)
+            try:
+                await park(task, "semop", self.changed, deadline=deadline)
+            except Errno:
+                raise Errno(errno.EINTR) from None  # semop(2): never restarted
+            finally:
+                self.sleepers.remove(sleeper)
+            if self.removed:
+                return -errno.EIDRM
+
+
+class Segment(IpcObject):
+    """shmget(2); the memory is held by the segment itself until IPC_RMID, and by every mapping."""
+
+    def __init__(self, key: int, mode: int, creds: Credentials, size: int, frames: Any, pid: int) -> None:
+        super().__init__(key, mode, creds)
+        self.size = size
+        self.memory = ShmMemory(frames, size, self)
+        self.memory.hold()
+        self.atime = self.dtime = self.lpid = 0
+        self.cpid = pid
+
+    @property
+    def attached(self) -> int:
+        """shm_nattch."""
+        return self.memory.holds - (0 if self.removed else 1)
+
+
+class ShmMemory(SharedMemory):
+    """The pages of a segment."""
+
+    def __init__(self, frames: Any, size: int, segment: Segment) -> None:
+        super().__init__(frames, size, b"/SYSV%08x (deleted)" % (segment.key & 0xFFFFFFFF))
+        self.segment = segment
+
+
+class IpcNamespace:
+    """All System V objects of a sandbox."""
+
+    def __init__(self) -> None:
+        self.messages, self.semaphores, self.segments = IpcTable(32000), IpcTable(32000), IpcTable(4096)
+
+
+def namespace(task: Task) -> IpcNamespace:
+    """The namespace of `task`, made on first use."""
+    kernel: Any = task.kernel
+    found: IpcNamespace | None = getattr(kernel, "ipc", None)
+    if found is None:
+        found = kernel.ipc = IpcNamespace()
+    return found
+
+
+def end_process(process: Process) -> None:
+    """SEM_UNDO: called when the last thread of `process` is gone."""
+    ipc: IpcNamespace | None = getattr(process.kernel, "ipc", None)
+    if ipc is None:
+        return
+    for semaphores in list(ipc.semaphores.objects.values()):
+        undo = semaphores.undo.pop(process, None)
+        if undo and any(undo):
+            semaphores.values = [
+                min(max(value + change, 0), SEMVMX) for value, change in zip(semaphores.values, undo, strict=True)
+            ]
+            semaphores.changed.wake()
