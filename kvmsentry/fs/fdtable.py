@@ -49,6 +49,12 @@ class FdTable:
             self.cloexec.add(fd)
         return fd
 
+    def check_room(self, limit: int) -> None:
+        """EMFILE when no descriptor below `limit` is free: asked before the work that would have to be undone."""
+        files = self.files
+        if all(fd in files for fd in range(self._lowest, limit)):
+            raise Errno(errno.EMFILE)
+
     def replace(self, fd: int, file: File, cloexec: bool = False) -> None:
         """Make `fd` mean `file` (its reference passes to the table), closing what it meant before (dup2(2))."""
         old = self.files.get(fd)

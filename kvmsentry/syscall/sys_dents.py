@@ -1,0 +1,94 @@
+"""getdents(2): a directory is read once into a snapshot, and handed out from it by position."""
+
+from __future__ import annotations
+
+import errno
+import time
+
+from kvmsentry.fs.vfs import O_NOATIME, File
+from kvmsentry.kernel.task import Task
+from kvmsentry.syscall.abi_fs import DIRENT, DIRENT64
+from kvmsentry.syscall.table import Fd, UInt, UserPtr, syscall
+
+_pack64 = DIRENT64.pack
+_pack = DIRENT.pack
+_PADDING = [bytes(n) for n in range(9)]
+_MOST = 1 << 20  # bytes handed out by one call
+
+
+def _snapshot(file: File) -> list[tuple[bytes, int, int]]:
+    """The entries of an open directory; `.` and `..` first. ENOTDIR; ENOENT when it was removed."""
+    inode = file.inode
+    if inode.mode & 0o170000 != 0o040000:
+        raise NotADirectoryError
+    place = file.path
+    parent = inode
+    if place is not None and place.dentry is not place.mount.root:
+        parent = place.dentry.parent.inode or inode
+    entries = [(b".", inode.ino, 4), (b"..", parent.ino, 4)]
+    if inode.nlink:
+        entries += inode.readdir()
+    if inode.atime <= inode.mtime and not file.flags & O_NOATIME and inode.sb.caching and not inode.sb.readonly:
+        inode.atime = time.time_ns()  # relatime, in memory only
+    return entries
+
+
+def _entries(task: Task, fd: int) -> tuple[File, list[tuple[bytes, int, int]]]:
+    file = task.files.get_io(fd)
+    entries = file.cursor
+    if entries is None or file.pos == 0:
+        entries = file.cursor = _snapshot(file)
+    return file, entries
+
+
+@syscall(217)
+def getdents64(task: Task, fd: Fd, dirp: UserPtr, count: UInt) -> int:
+    try:
+        file, entries = _entries(task, fd)
+    except NotADirectoryError:
+        return -errno.ENOTDIR
+    count = min(count, _MOST)
+    pos = start = file.pos
+    parts = []
+    used = 0
+    padding = _PADDING
+    for name, ino, kind in entries[pos:] if pos else entries:
+        length = len(name)
+        size = (length + 27) & ~7  # 19 bytes before the name, a NUL after it
+        used += size
+        if used > count:
+            used -= size
+            break
+        pos += 1
+        parts.append(_pack64(ino, pos, size, kind))
+        parts.append(name)
+        parts.append(padding[size - 19 - length])
+    if pos == start:
+        return -errno.EINVAL if start < len(entries) else 0
+    task.mm.write(dirp, b"".join(parts))
+    file.pos = pos
+    return used
+
+
+@syscall(78)
+def getdents(task: Task, fd: Fd, dirp: UserPtr, count: UInt) -> int:
+    try:
+        file, entries = _entries(task, fd)
+    except NotADirectoryError:
+        return -errno.ENOTDIR
+    count = min(count, _MOST)
+    pos = start = file.pos
+    out = bytearray()
+    for name, ino, kind in entries[pos:]:
+        size = (18 + len(name) + 2 + 7) & ~7  # header, name, NUL, type
+        if len(out) + size > count:
+            break
+        pos += 1
+        out += _pack(ino, pos, size) + name
+        out += bytes(size - 18 - len(name) - 1)
+        out.append(kind)
+    if pos == start:
+        return -errno.EINVAL if start < len(entries) else 0
+    task.mm.write(dirp, out)
+    file.pos = pos
+    return len(out)
