@@ -188,7 +188,7 @@ class LineDiscipline:
     def _strip(self, c: int) -> int:
         if self.termios.iflag & ISTRIP:
             c &= 0x7F
-        if self.termios.iflag & IUCLC and self.termios.lflag & IEXTEN and 65 <= c <= 90:
+        if self.termios.iflag & IUCLC and self.termios.lflag & IEXTEN and (65 <= c <= 90 or (192 <= c <= 222 and c != 215)):
             c += 32
         return c
 
@@ -255,8 +255,9 @@ class LineDiscipline:
         if self.termios.iflag & IXON:
             self.start()
         if self.termios.lflag & ECHO:
-            self._echo_char(c)
-        self.flush_echo()
+            self._echo_char(c)  # sent with the rest of the chunk, unless another signal throws it away
+        else:
+            self.flush_echo()
 
     def _canonical(self, c: int) -> bool:
         """n_tty_receive_char_canon: True when the byte has been dealt with."""
@@ -501,8 +502,8 @@ class LineDiscipline:
         elif c == 8:
             self.column = max(0, self.column - 1)
         elif not _IS_CONTROL[c]:
-            if oflag & OLCUC and (97 <= c <= 122 or (c >= 224 and c != 247)):
-                c = c - 32 if c != 255 else c
+            if oflag & OLCUC and (97 <= c <= 122 or (c >= 223 and c != 247)):
+                c -= 32
             if not self._continuation(c):
                 self.column += 1
         out.append(c)
@@ -541,6 +542,8 @@ class LineDiscipline:
                     gone += 1
         else:
             gone = n = min(count, len(buffer))
+            if self.termios.lflag & (EXTPROC | ICANON) == EXTPROC | ICANON and count and bytes(buffer) == bytes(self.termios.cc[VEOF : VEOF + 1]):
+                n = 0  # the last byte is an end of file: a read of nothing
         data = bytes(buffer[:n])
         del buffer[:gone]
         self.tail += gone
