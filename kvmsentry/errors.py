@@ -33,7 +33,8 @@ class HostError(Exception):
 
 
 class UserError(Exception):
-    """Bad input from the user: one line for the terminal and an exit status (125 ours, 126 not executable, 127 not found)."""
+    """Bad input from the user: one line for the terminal and an exit status (125 ours, 126 not executable, 127 not
+    found)."""
 
     def __init__(self, message: str, status: int = 125) -> None:
         self.status = status

@@ -1,7 +1,7 @@
 """Processor time of tasks and processes (times(2), clock_gettime(2) CPU clocks, /proc/PID/stat).
 
-Application time is the time its vCPU's runner thread has used; the platform tells it. The Sentry's own work for a task is
-charged to nobody: it runs on another thread, as a hypervisor's would.
+Application time is the time its vCPU's runner thread has used; the platform tells it. The Sentry's own work for a task
+is charged to nobody: it runs on another thread, as a hypervisor's would.
 """
 
 from __future__ import annotations

@@ -90,8 +90,8 @@ async def _sleep(
 
 
 def wake(mm: Any, address: int, count: int, private: bool = False, bitset: int = BITSET_ALL) -> int:
-    """FUTEX_WAKE_BITSET: wake up to `count` waiters whose bitset meets `bitset`; returns how many. A word that shared memory
-    names otherwise is tried too when `private` is False."""
+    """FUTEX_WAKE_BITSET: wake up to `count` waiters whose bitset meets `bitset`; returns how many. A word that shared
+    memory names otherwise is tried too when `private` is False."""
     if address & 3:
         raise Errno(errno.EINVAL)
     return _wake_key(mm.futex_key(address, private), count, bitset)
@@ -147,7 +147,8 @@ def _move(key: Hashable, key2: Hashable, count: int) -> int:
 
 
 def wake_op(mm: Any, address: int, address2: int, private: bool, count: int, count2: int, operation: int) -> int:
-    """FUTEX_WAKE_OP: change the second word atomically, wake waiters of the first and, if the old value compares, the second."""
+    """FUTEX_WAKE_OP: change the second word atomically, wake waiters of the first and, if the old value compares, the
+    second."""
     op, cmp_ = operation >> 28 & 15, operation >> 24 & 15
     oparg, cmparg = _s12(operation >> 12 & 0xFFF), _s12(operation & 0xFFF)
     if op & 8:
@@ -194,7 +195,7 @@ def _s12(value: int) -> int:
     return value - ((value & 0x800) << 1)
 
 
-# -- priority inheritance: the kernel keeps the word's owner right; there is no priority of ours to inherit ----------------------
+# -- priority inheritance: the kernel keeps the word's owner right; there is no priority of ours to inherit
 def lock_pi(task: Task, address: int, private: bool, deadline: int | None, try_only: bool = False) -> Any:
     """FUTEX_LOCK_PI, FUTEX_LOCK_PI2, FUTEX_TRYLOCK_PI: 0 once the word holds our tid."""
     if address & 3:
@@ -246,7 +247,8 @@ def unlock_pi(task: Task, address: int, private: bool) -> int:
 
 
 def hand_over(mm: Any, address: int, key: Hashable, died: int) -> int:
-    """Give the word at `address` to the next PI waiter (or to nobody), with FUTEX_OWNER_DIED in `died` when its owner died."""
+    """Give the word at `address` to the next PI waiter (or to nobody), with FUTEX_OWNER_DIED in `died` when its owner
+    died."""
     words = _waiters.get(key)
     heir = None
     if words:
@@ -283,8 +285,11 @@ def wait_requeue_pi(
     return _sleep_pi(task, waiter, deadline)
 
 
-def cmp_requeue_pi(mm: Any, kernel: Any, address: int, address2: int, private: bool, move_count: int, expected: int) -> int:
-    """FUTEX_CMP_REQUEUE_PI: give the second word to one waiter if it is free, move the others; returns woken + moved."""
+def cmp_requeue_pi(
+    mm: Any, kernel: Any, address: int, address2: int, private: bool, move_count: int, expected: int
+) -> int:
+    """FUTEX_CMP_REQUEUE_PI: give the second word to one waiter if it is free, move the others; returns woken +
+    moved."""
     if (address | address2) & 3:
         raise Errno(errno.EINVAL)
     key, key2 = mm.futex_key(address, private), mm.futex_key(address2, private)
@@ -297,7 +302,9 @@ def cmp_requeue_pi(mm: Any, kernel: Any, address: int, address2: int, private: b
     done = 0
     word = mm.read_u32(address2)
     while word & FUTEX_TID_MASK == 0:
-        seen = mm.cmpxchg_u32(address2, word, first.task.tid | (FUTEX_WAITERS if len(words) > 1 or _waiters.get(key2) else 0))
+        seen = mm.cmpxchg_u32(
+            address2, word, first.task.tid | (FUTEX_WAITERS if len(words) > 1 or _waiters.get(key2) else 0)
+        )
         if seen == word:
             _remove(first)
             first.wake()
@@ -312,7 +319,7 @@ def cmp_requeue_pi(mm: Any, kernel: Any, address: int, address2: int, private: b
     return done + moved
 
 
-# -- futex_waitv(2) ------------------------------------------------------------------------------------------------------------
+# -- futex_waitv(2) --------------------------------------------------------------------------------
 async def wait_many(task: Task, words: list[tuple[int, bool, int]], deadline: int | None) -> int:
     """Sleep on several words [(address, private, expected)]; returns the index of one that was woken."""
     mm = task.mm

@@ -5,9 +5,9 @@
                            --EV_FAULT----> mm.handle_fault, else SIGSEGV
                            --EV_KICKED---> exit_to_user
 
-Before a task with `work` pending goes back to application code it passes `exit_to_user`, a coroutine of kernel/signals.py that
-delivers signals, stops, or dies. Exactly one of reply, reload, park and release answers each event.
-"""
+Before a task with `work` pending goes back to application code it passes `exit_to_user`, a coroutine of
+kernel/signals.py that delivers signals, stops, or dies. Exactly one of reply, reload, park and release answers each
+event."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ class Kernel:
         self._last_pid = 0
 
     def now(self) -> int:
-        """CLOCK_MONOTONIC as the application sees it, in ns since this kernel booted; what deadlines are measured by."""
+        """CLOCK_MONOTONIC as the application sees it, in ns since this kernel booted; what deadlines are measured
+        by."""
         return time.monotonic_ns() - self.boot_monotonic
 
     def new_pid(self) -> int:
@@ -79,7 +80,7 @@ class Kernel:
     def _group_in_use(self, pid: int) -> bool:
         return pid in self.sessions or any(pid in session.groups for session in self.sessions.values())
 
-    # -- the loop --------------------------------------------------------------------------------------------------------
+    # -- the loop ----------------------------------------------------------------------------------
     def run(self) -> int:
         """Serve until init is gone and every task with it; returns init's wait status (wait(2))."""
         platform, ready, timers, calls = self.platform, self.ready, self.timers, table.calls
@@ -227,7 +228,7 @@ class Kernel:
 
         return signals.exit_to_user(task, result)
 
-    # -- what is no system call ------------------------------------------------------------------------------------------
+    # -- what is no system call --------------------------------------------------------------------
     def trap(self, task: Task, ctx: Any) -> None:
         """A fault, an exception or a kick."""
         from kvmsentry.kernel import signals
@@ -258,7 +259,7 @@ class Kernel:
         """ns to add to `now()` for the time of day."""
         return time.time_ns() - self.now()
 
-    # -- for people ------------------------------------------------------------------------------------------------------
+    # -- for people --------------------------------------------------------------------------------
     def dump(self) -> str:
         """All tasks, a line each: what the stuck machine says of itself."""
         lines = []

@@ -1,7 +1,7 @@
 """Timers that send signals: setitimer(2) and timer_create(2), on wall clocks and on processor time.
 
-A timer on processor time has no host timer to tell it: it looks at the clock again when the earliest moment has come at which
-it could be due, which is `left` divided by the threads that can run at once.
+A timer on processor time has no host timer to tell it: it looks at the clock again when the earliest moment has come
+at which it could be due, which is `left` divided by the threads that can run at once.
 """
 
 from __future__ import annotations
@@ -105,7 +105,14 @@ class PosixTimer(SignalTimer):
     """timer_create(2). `signo` None: SIGEV_NONE."""
 
     def __init__(
-        self, process: Process, number: int, clockid: int, signo: int | None, value: int, thread: Task | None, creator: Task
+        self,
+        process: Process,
+        number: int,
+        clockid: int,
+        signo: int | None,
+        value: int,
+        thread: Task | None,
+        creator: Task,
     ) -> None:
         super().__init__(process)
         self.number, self.clockid, self.signo, self.value, self.thread = number, clockid, signo, value, thread
@@ -143,4 +150,3 @@ class PosixTimer(SignalTimer):
         info.fields["overrun"] = self.overrun_delivered = self.overrun
         self.queued = None
         self.overrun = 0
-

@@ -1,9 +1,9 @@
 """The only place where kernel code yields: wait queues, `park`, and the timer heap.
 
-A system call that may sleep is a coroutine; the one thing it can await is `park` (or something built on it here). Every sleep
-names its reason (shown by the task dump and /proc/PID/wchan), the queues that may wake it, and how it is aborted: a signal
-makes an interruptible sleep raise `Errno(restart)`, where `restart` is one of the kernel's private ERESTART* numbers that
-signal delivery turns into EINTR or a restarted call, as Linux does (include/linux/errno.h).
+A system call that may sleep is a coroutine; the one thing it can await is `park` (or something built on it here).
+Every sleep names its reason (shown by the task dump and /proc/PID/wchan), the queues that may wake it, and how it is
+aborted: a signal makes an interruptible sleep raise `Errno(restart)`, where `restart` is one of the kernel's private
+ERESTART* numbers that signal delivery turns into EINTR or a restarted call, as Linux does (include/linux/errno.h).
 
 States of a task's coroutine:
 
@@ -49,8 +49,8 @@ class WaitQueue:
         self.waiters.pop(waiter, None)
 
     def wake(self, mask: int = ALL_EVENTS, count: int = 0) -> int:
-        """Tell the waiters that the events in `mask` (poll(2) bits, or ALL_EVENTS) have come; `count` > 0 stops after that
-        many took it. Returns how many took it. A waiter's `notify` returns True when it took the event."""
+        """Tell the waiters that the events in `mask` (poll(2) bits, or ALL_EVENTS) have come; `count` > 0 stops after
+        that many took it. Returns how many took it. A waiter's `notify` returns True when it took the event."""
         if not self.waiters:
             return 0
         taken = 0

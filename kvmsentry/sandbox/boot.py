@@ -1,8 +1,8 @@
 """What the Sentry process does: builds the kernel, mounts, starts the first process, serves it to its end.
 
-Order, and why: the control socket's other end dies with us, so die with it first; everything that is found by path (KVM's
-device, Python's modules) is opened before the process is locked into an empty root; vCPU threads start after that.
-"""
+Order, and why: the control socket's other end dies with us, so die with it first; everything that is found by path
+(KVM's device, Python's modules) is opened before the process is locked into an empty root; vCPU threads start after
+that."""
 
 from __future__ import annotations
 
@@ -114,16 +114,24 @@ class Sandbox:
         lockdown.enter(keep_network=spec.network == "host")
         try:
             fork.create_init(
-                kernel, path=path, argv=spec.argv, envp=spec.env, root=root, cwd=cwd, creds=creds, files=files,
-                umask=spec.umask, tty=self.terminal,
-            )  # fmt: skip
+                kernel,
+                path=path,
+                argv=spec.argv,
+                envp=spec.env,
+                root=root,
+                cwd=cwd,
+                creds=creds,
+                files=files,
+                umask=spec.umask,
+                tty=self.terminal,
+            )
         except Errno as error:
             raise cannot_run(spec.argv[0], error.errno) from None
         self.platform.watch(self.control.fileno(), 1, self._on_control)
         signal.signal(signal.SIGUSR1, lambda *_: self.kernel.dump_to_stderr())
         return kernel.run()
 
-    # -- standard input, output, error ---------------------------------------------------------------------------------------------
+    # -- standard input, output, error -------------------------------------------------------------
     def _standard_files(self, lookup: Lookup, creds: Any) -> Any:
         from kvmsentry.fs import hostfile
         from kvmsentry.fs.fdtable import FdTable
@@ -146,7 +154,7 @@ class Sandbox:
             files.replace(fd, hostfile.open_host(kernel, source, creds.uid, creds.gid))
         return files
 
-    # -- the supervisor ------------------------------------------------------------------------------------------------------------
+    # -- the supervisor ----------------------------------------------------------------------------
     def _on_control(self, events: int) -> None:
         from kvmsentry.kernel import signals
         from kvmsentry.kernel.task import SigInfo
@@ -173,7 +181,9 @@ def cannot_run(name: bytes, number: int) -> UserError:
     """The one line and the conventional status for a command that could not be started."""
     shown = name.decode(errors="backslashreplace")
     if number in (errno.ENOENT, errno.ENOTDIR):
-        return UserError(f"cannot run {shown!r}: no such file or directory in the image (or its interpreter is missing)", 127)
+        return UserError(
+            f"cannot run {shown!r}: no such file or directory in the image (or its interpreter is missing)", 127
+        )
     return UserError(f"cannot run {shown!r}: {os.strerror(number)}", 126)
 
 
@@ -233,5 +243,3 @@ class Lookup:
         if refused == errno.ENOENT:
             raise UserError(f"cannot run {name.decode(errors='backslashreplace')!r}: command not found in PATH", 127)
         raise cannot_run(name, refused)
-
-

@@ -27,12 +27,16 @@ def choose_platform(name: str) -> str:
     device = "/dev/kvm"
     if not os.path.exists(device):
         raise HostError(
-            "/dev/kvm is not there", 0, "load it with 'modprobe kvm_amd' or 'modprobe kvm_intel'; in a virtual machine, "
-            "enable nested virtualisation; 'kvmsentry doctor' says more"
-        )  # fmt: skip
+            "/dev/kvm is not there",
+            0,
+            "load it with 'modprobe kvm_amd' or 'modprobe kvm_intel'; in a virtual machine, "
+            "enable nested virtualisation; 'kvmsentry doctor' says more",
+        )
     if not os.access(device, os.R_OK | os.W_OK):
         raise HostError(
-            "no permission to open /dev/kvm", 0, "add yourself to its group: 'sudo usermod -aG kvm $USER', then log in again"
+            "no permission to open /dev/kvm",
+            0,
+            "add yourself to its group: 'sudo usermod -aG kvm $USER', then log in again",
         )
     return "kvm"
 
@@ -47,7 +51,8 @@ def run(spec: SandboxSpec) -> int:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     trees = [gofer_process.TreeSpec("root", spec.rootfs, spec.overlay or spec.readonly_root)]
     trees += [
-        gofer_process.TreeSpec(f"volume{number}", volume.host, volume.readonly) for number, volume in enumerate(spec.volumes)
+        gofer_process.TreeSpec(f"volume{number}", volume.host, volume.readonly)
+        for number, volume in enumerate(spec.volumes)
     ]
     gofer = gofer_process.start(trees)
     sentry_pid = os.fork()

@@ -1,7 +1,7 @@
 """What the Sentry gives up before it serves the first guest instruction.
 
-Done here: own mount, network, IPC and UTS namespaces, an empty root, no new privileges, no capabilities. Where the host refuses
-(an ordinary user without user namespaces) the process keeps what it had, and the log says so.
+Done here: own mount, network, IPC and UTS namespaces, an empty root, no new privileges, no capabilities. Where the
+host refuses (an ordinary user without user namespaces) the process keeps what it had, and the log says so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ def leave_session() -> None:
     """First thing in the child: die with the supervisor, hear no signals of its terminal."""
     hostcalls.prctl(hostcalls.PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
-    for signo in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGTSTP, signal.SIGUSR2):
+    for signo in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+        signal.SIGQUIT,
+        signal.SIGPIPE,
+        signal.SIGTSTP,
+        signal.SIGUSR2,
+    ):
         signal.signal(signo, signal.SIG_IGN)
 
 
@@ -32,7 +40,13 @@ def enter(keep_network: bool) -> None:
     try:
         hostcalls.unshare(flags)
         hostcalls.mount(None, b"/", None, hostcalls.MS_REC | hostcalls.MS_PRIVATE)
-        hostcalls.mount(b"none", b"/proc", b"tmpfs", hostcalls.MS_NOSUID | hostcalls.MS_NODEV | hostcalls.MS_NOEXEC, b"size=0,mode=555")
+        hostcalls.mount(
+            b"none",
+            b"/proc",
+            b"tmpfs",
+            hostcalls.MS_NOSUID | hostcalls.MS_NODEV | hostcalls.MS_NOEXEC,
+            b"size=0,mode=555",
+        )
         os.chroot("/proc")
         os.chdir("/")
     except OSError as error:

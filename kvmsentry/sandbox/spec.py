@@ -29,10 +29,10 @@ class SandboxSpec:
     """Everything `kvmsentry.sandbox.launch.run` needs; checked by whoever fills it in.
 
     `rootfs` is a directory on the host that the sandbox never writes to when `overlay` is set (a throw-away tmpfs lies
-    above it). `argv`, `env` ("NAME=value") and `cwd` are bytes as the application sees them: argv[0] is looked up in the
-    guest's PATH by the launcher. `memory_limit` is in bytes, 0 = the launcher's default. Descriptors are -1 when absent.
-    `rootfs_owners` is the path of the image store's sidecar map (see kvmsentry.image.owners) when the files on disk
-    cannot carry the image's owners and modes, else "".
+    above it). `argv`, `env` ("NAME=value") and `cwd` are bytes as the application sees them: argv[0] is looked up in
+    the guest's PATH by the launcher. `memory_limit` is in bytes, 0 = the launcher's default. Descriptors are -1 when
+    absent. `rootfs_owners` is the path of the image store's sidecar map (see kvmsentry.image.owners) when the files on
+    disk cannot carry the image's owners and modes, else "".
     """
 
     rootfs: str

@@ -1,4 +1,5 @@
-"""Names of all amd64 system calls up to Linux 6.1 (arch/x86/entry/syscalls/syscall_64.tbl), for the support table and the log."""
+"""Names of all amd64 system calls up to Linux 6.1 (arch/x86/entry/syscalls/syscall_64.tbl), for the support table and
+the log."""
 
 from __future__ import annotations
 

@@ -13,9 +13,21 @@ from kvmsentry.syscall.table import Row, _Sentinel
 if TYPE_CHECKING:
     from kvmsentry.kernel.task import Task
 
-_OPEN_FLAGS = [(getattr(os, name), name) for name in (
-    "O_CREAT", "O_EXCL", "O_NOCTTY", "O_TRUNC", "O_APPEND", "O_NONBLOCK", "O_DIRECTORY", "O_NOFOLLOW", "O_CLOEXEC", "O_PATH",
-)]  # fmt: skip
+_OPEN_FLAGS = [
+    (getattr(os, name), name)
+    for name in (
+        "O_CREAT",
+        "O_EXCL",
+        "O_NOCTTY",
+        "O_TRUNC",
+        "O_APPEND",
+        "O_NONBLOCK",
+        "O_DIRECTORY",
+        "O_NOFOLLOW",
+        "O_CLOEXEC",
+        "O_PATH",
+    )
+]
 _RESTARTS = {512: "ERESTARTSYS", 513: "ERESTARTNOINTR", 514: "ERESTARTNOHAND", 516: "ERESTART_RESTARTBLOCK"}
 
 
@@ -94,7 +106,9 @@ class Strace:
             )
             self.open_calls[task.tid] = f"[{task.process.pid:5} {task.tid:5}] {row.name}({shown})"
             if row.name in ("exit", "exit_group", "execve", "execveat", "rt_sigreturn"):
-                self._write(self.open_calls.pop(task.tid) + (" = ?" if row.name.startswith(("exit", "rt_")) else " ..."))
+                self._write(
+                    self.open_calls.pop(task.tid) + (" = ?" if row.name.startswith(("exit", "rt_")) else " ...")
+                )
             return
         call = self.open_calls.pop(task.tid, f"[{task.process.pid:5} {task.tid:5}] {row.name}(...)")
         self._write(f"{call} = {show_result(result)}")

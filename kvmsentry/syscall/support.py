@@ -1,4 +1,5 @@
-"""The support table: every amd64 call up to Linux 6.1, made from the rows. `python -m kvmsentry.syscall.support` writes docs/syscalls.md."""
+"""The support table: every amd64 call up to Linux 6.1, made from the rows. `python -m kvmsentry.syscall.support`
+writes docs/syscalls.md."""
 
 from __future__ import annotations
 
@@ -32,9 +33,10 @@ def markdown() -> str:
     lines = [
         "# System calls",
         "",
-        "Made from the rows of `kvmsentry/syscall` by `python -m kvmsentry.syscall.support`; `kvmsentry help syscalls` prints the",
-        "same. *full*: as Linux 6.1 does it, as far as an application in the sandbox can tell (a remark names what differs); *partial*: the remark",
-        "says what is missing; *no*: answers ENOSYS and leaves a line in the log.",
+        "Made from the rows of `kvmsentry/syscall` by `python -m kvmsentry.syscall.support`;",
+        "`kvmsentry help syscalls` prints the same. *full*: as Linux 6.1 does it, as far as an application in the",
+        "sandbox can tell (a remark names what differs); *partial*: the remark says what is missing; *no*: answers",
+        "ENOSYS and leaves a line in the log.",
         "",
         f"{full} full, {partial} partial, {missing} not supported, of {full + partial + missing}.",
         "",

@@ -13,8 +13,22 @@ from kvmsentry.syscall.table import Int, UInt, UserPtr, syscall
 
 # uapi/linux/futex.h
 FUTEX_PRIVATE_FLAG, FUTEX_CLOCK_REALTIME, FUTEX_CMD_MASK = 128, 256, ~384
-(WAIT, WAKE, FD, REQUEUE, CMP_REQUEUE, WAKE_OP, LOCK_PI, UNLOCK_PI, TRYLOCK_PI, WAIT_BITSET, WAKE_BITSET, WAIT_REQUEUE_PI,
- CMP_REQUEUE_PI, LOCK_PI2) = range(14)  # fmt: skip
+(
+    WAIT,
+    WAKE,
+    FD,
+    REQUEUE,
+    CMP_REQUEUE,
+    WAKE_OP,
+    LOCK_PI,
+    UNLOCK_PI,
+    TRYLOCK_PI,
+    WAIT_BITSET,
+    WAKE_BITSET,
+    WAIT_REQUEUE_PI,
+    CMP_REQUEUE_PI,
+    LOCK_PI2,
+) = range(14)
 FUTEX_WAITV = struct.Struct("<QQII")  # struct futex_waitv: val, uaddr, flags, reserved
 FUTEX2_SIZE_U32, FUTEX2_PRIVATE = 2, 128
 
@@ -83,7 +97,9 @@ def futex_waitv(task: Task, waiters: UserPtr, nr_futexes: UInt, flags: UInt, tim
         if clockid == 0:
             deadline -= task.kernel.monotonic_to_real()
     words = []
-    for value, address, word_flags, reserved in FUTEX_WAITV.iter_unpack(task.mm.read(waiters, nr_futexes * FUTEX_WAITV.size)):
+    for value, address, word_flags, reserved in FUTEX_WAITV.iter_unpack(
+        task.mm.read(waiters, nr_futexes * FUTEX_WAITV.size)
+    ):
         if word_flags & ~(FUTEX2_SIZE_U32 | FUTEX2_PRIVATE) or not word_flags & FUTEX2_SIZE_U32 or reserved:
             return -errno.EINVAL
         words.append((address, bool(word_flags & FUTEX2_PRIVATE), value & 0xFFFFFFFF))
@@ -94,7 +110,13 @@ def futex_waitv(task: Task, waiters: UserPtr, nr_futexes: UInt, flags: UInt, tim
 CMD_GLOBAL, CMD_GLOBAL_EXPEDITED, CMD_REGISTER_GLOBAL_EXPEDITED = 1, 2, 4
 CMD_PRIVATE_EXPEDITED, CMD_REGISTER_PRIVATE_EXPEDITED = 8, 16
 CMD_PRIVATE_EXPEDITED_SYNC_CORE, CMD_REGISTER_PRIVATE_EXPEDITED_SYNC_CORE = 32, 64
-SUPPORTED = CMD_GLOBAL | CMD_GLOBAL_EXPEDITED | CMD_REGISTER_GLOBAL_EXPEDITED | CMD_PRIVATE_EXPEDITED | CMD_REGISTER_PRIVATE_EXPEDITED
+SUPPORTED = (
+    CMD_GLOBAL
+    | CMD_GLOBAL_EXPEDITED
+    | CMD_REGISTER_GLOBAL_EXPEDITED
+    | CMD_PRIVATE_EXPEDITED
+    | CMD_REGISTER_PRIVATE_EXPEDITED
+)
 
 
 @syscall(324, partial="no rseq and no core-serialising commands")
@@ -113,5 +135,3 @@ def membarrier(task: Task, cmd: Int, flags: UInt, cpu_id: Int) -> int:
     # A host-wide barrier orders the runner threads, which are where our tasks' memory accesses happen.
     task.kernel.platform.memory_barrier()
     return 0
-
-

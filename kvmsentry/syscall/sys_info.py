@@ -1,4 +1,5 @@
-"""What the kernel tells of itself: uname, sysinfo, syslog, getrandom, and the privileged calls that no sandbox grants."""
+"""What the kernel tells of itself: uname, sysinfo, syslog, getrandom, and the privileged calls that no sandbox
+grants."""
 
 from __future__ import annotations
 
@@ -67,7 +68,21 @@ def sysinfo(task: Task, info: UserPtr) -> int:
     task.mm.write(
         info,
         SYSINFO.pack(
-            kernel.now() // 1_000_000_000, 0, 0, 0, total, total - used, 0, 0, 0, 0, len(kernel.tasks) & 0xFFFF, 0, 0, 0, 1
+            kernel.now() // 1_000_000_000,
+            0,
+            0,
+            0,
+            total,
+            total - used,
+            0,
+            0,
+            0,
+            0,
+            len(kernel.tasks) & 0xFFFF,
+            0,
+            0,
+            0,
+            1,
         ),
     )
     return 0

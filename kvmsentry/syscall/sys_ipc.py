@@ -48,7 +48,7 @@ def _set(task: Task, thing: IpcObject, raw: bytes) -> None:
     thing.ctime = int(time.time())
 
 
-# -- message queues --------------------------------------------------------------------------------------------------------------
+# -- message queues --------------------------------------------------------------------------------
 @syscall(68)
 def msgget(task: Task, key: Int, msgflg: Int) -> int:
     return namespace(task).messages.get(
@@ -130,9 +130,18 @@ def msgctl(task: Task, msqid: Int, cmd: Int, buf: UserPtr) -> int:
         queue.permit(4, task.creds)
         task.mm.write(
             buf,
-            MSQID_DS.pack(_perm(queue), queue.stime, queue.rtime, queue.ctime, queue.bytes, len(queue.messages), queue.max_bytes,
-                          queue.lspid, queue.lrpid),
-        )  # fmt: skip
+            MSQID_DS.pack(
+                _perm(queue),
+                queue.stime,
+                queue.rtime,
+                queue.ctime,
+                queue.bytes,
+                len(queue.messages),
+                queue.max_bytes,
+                queue.lspid,
+                queue.lrpid,
+            ),
+        )
     elif cmd == IPC_SET:
         raw = task.mm.read(buf, MSQID_DS.size)
         limit = MSQID_DS.unpack(raw)[6]
@@ -149,7 +158,7 @@ def msgctl(task: Task, msqid: Int, cmd: Int, buf: UserPtr) -> int:
     return 0
 
 
-# -- semaphores ------------------------------------------------------------------------------------------------------------------
+# -- semaphores ------------------------------------------------------------------------------------
 @syscall(64)
 def semget(task: Task, key: Int, nsems: Int, semflg: Int) -> int:
     if not 0 <= nsems <= SEMMSL:
@@ -248,7 +257,7 @@ def semctl(task: Task, semid: Int, semnum: Int, cmd: Int, arg: ULong) -> int:
     return semaphores.sleepers.count((semnum, cmd == GETZCNT))
 
 
-# -- shared memory ---------------------------------------------------------------------------------------------------------------
+# -- shared memory ---------------------------------------------------------------------------------
 SHM_RDONLY, SHM_RND, SHM_REMAP, SHM_EXEC, SHM_HUGETLB = 0o10000, 0o20000, 0o40000, 0o100000, 0o4000
 SHM_LOCK, SHM_UNLOCK, SHM_DEST, SHM_LOCKED = 11, 12, 0o1000, 0o2000
 SHMMAX = 1 << 46
@@ -324,9 +333,17 @@ def shmctl(task: Task, shmid: Int, cmd: Int, buf: UserPtr) -> int:
         segment.permit(4, task.creds)
         task.mm.write(
             buf,
-            SHMID_DS.pack(_perm(segment), segment.size, segment.atime, segment.dtime, segment.ctime, segment.cpid, segment.lpid,
-                          segment.attached),
-        )  # fmt: skip
+            SHMID_DS.pack(
+                _perm(segment),
+                segment.size,
+                segment.atime,
+                segment.dtime,
+                segment.ctime,
+                segment.cpid,
+                segment.lpid,
+                segment.attached,
+            ),
+        )
     elif cmd == IPC_SET:
         _set(task, segment, task.mm.read(buf, SHMID_DS.size))
     elif cmd == IPC_RMID:

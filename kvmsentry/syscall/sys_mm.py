@@ -152,7 +152,7 @@ def munlockall(task: Task) -> int:
     return 0
 
 
-# -- NUMA: one node, node 0 ------------------------------------------------------------------------------------------------------
+# -- NUMA: one node, node 0 ------------------------------------------------------------------------
 MPOL_DEFAULT, MPOL_MAX = 0, 7  # uapi/linux/mempolicy.h
 MPOL_F_NODE, MPOL_F_ADDR, MPOL_F_MEMS_ALLOWED = 1, 2, 4
 
@@ -210,9 +210,7 @@ def migrate_pages(task: Task, pid: Pid, maxnode: ULong, old_nodes: UserPtr, new_
 
 
 @syscall(279, note="there is one memory node")
-def move_pages(
-    task: Task, pid: Pid, count: ULong, pages: UserPtr, nodes: UserPtr, status: UserPtr, flags: Int
-) -> Any:
+def move_pages(task: Task, pid: Pid, count: ULong, pages: UserPtr, nodes: UserPtr, status: UserPtr, flags: Int) -> Any:
     if flags & ~6:
         return -errno.EINVAL
     if pid and pid not in task.kernel.processes:
@@ -226,5 +224,3 @@ def move_pages(
         present = task.mm.mmu.lookup(page & ~PAGE_MASK) if page < 1 << 47 else 0
         task.mm.write_u32(status + 4 * index, 0 if present else -errno.ENOENT & 0xFFFFFFFF)
     return 0
-
-

@@ -1,5 +1,5 @@
-"""Scheduling calls. The host schedules the vCPU threads: policies are remembered and shown, nice values and affinity are
-taken as hints of the application about itself."""
+"""Scheduling calls. The host schedules the vCPU threads: policies are remembered and shown, nice values and affinity
+are taken as hints of the application about itself."""
 
 from __future__ import annotations
 
@@ -173,5 +173,3 @@ def getcpu(task: Task, cpu: UserPtr, node: UserPtr, unused: UserPtr) -> int:
     if node:
         task.mm.write_u32(node, 0)
     return 0
-
-

@@ -118,9 +118,29 @@ def _timex(task: Task, buf: UserPtr) -> int:
     now = host_time.time_ns()
     task.mm.write(
         buf,
-        TIMEX.pack(0, 0, 0, 16_000_000, 16_000_000, STA_UNSYNC, 7, 1, 32_768_000, now // NS, now % NS // 1000, 10_000, 0, 0, 0,
-                   0, 0, 0, 0, 0),
-    )  # fmt: skip
+        TIMEX.pack(
+            0,
+            0,
+            0,
+            16_000_000,
+            16_000_000,
+            STA_UNSYNC,
+            7,
+            1,
+            32_768_000,
+            now // NS,
+            now % NS // 1000,
+            10_000,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+        ),
+    )
     return TIME_ERROR
 
 
@@ -136,7 +156,7 @@ def clock_adjtime(task: Task, clockid: Int, buf: UserPtr) -> int:
     return _timex(task, buf)
 
 
-# -- sleeping ------------------------------------------------------------------------------------------------------------------
+# -- sleeping --------------------------------------------------------------------------------------
 async def _sleep_until(task: Task, deadline: int, remaining: int) -> int:
     kernel = task.kernel
     try:
@@ -191,7 +211,7 @@ def clock_nanosleep(task: Task, clockid: Int, flags: Int, req: UserPtr, rem: Use
     return _sleep_cpu(task, clockid, now + duration, rem)
 
 
-# -- interval timers -----------------------------------------------------------------------------------------------------------
+# -- interval timers -------------------------------------------------------------------------------
 ITIMER_SIGNALS = (14, 26, 27)  # ITIMER_REAL SIGALRM, ITIMER_VIRTUAL SIGVTALRM, ITIMER_PROF SIGPROF
 
 
@@ -243,7 +263,7 @@ def alarm(task: Task, seconds: UInt) -> int:
     return max((left + NS // 2) // NS, 1) if left else 0
 
 
-# -- POSIX timers --------------------------------------------------------------------------------------------------------------
+# -- POSIX timers ----------------------------------------------------------------------------------
 SIGEV_SIGNAL, SIGEV_NONE, SIGEV_THREAD, SIGEV_THREAD_ID = 0, 1, 2, 4  # uapi/asm-generic/siginfo.h
 MAX_TIMERS = 4096
 
@@ -270,7 +290,9 @@ def timer_create(task: Task, clockid: Int, sevp: UserPtr, timerid: UserPtr) -> i
             return -errno.EINVAL
     task.mm.write_u32(timerid, number)
     thread = process.threads.get(target) if notify == SIGEV_THREAD_ID else None
-    process.timers[number] = PosixTimer(process, number, clockid, None if notify == SIGEV_NONE else signo, value, thread, task)
+    process.timers[number] = PosixTimer(
+        process, number, clockid, None if notify == SIGEV_NONE else signo, value, thread, task
+    )
     return 0
 
 

@@ -4,11 +4,12 @@
     def getrandom(task: Task, buf: UserPtr, count: Size, flags: UInt) -> int:
 
 A handler is a plain function. It returns a non-negative result or a negative errno, may raise `Errno`, and may return a
-coroutine when it must sleep (then the task parks; the coroutine's return value is the result). The annotations name how each
-register becomes an argument; the conversion is compiled into the row, so that a call costs one Python call more than nothing.
+coroutine when it must sleep (then the task parks; the coroutine's return value is the result). The annotations name
+how each register becomes an argument; the conversion is compiled into the row, so that a call costs one Python call
+more than nothing.
 
-`RELOAD` as a result means that the handler has rewritten the registers (exec, sigreturn); `GONE` that the task is no more.
-"""
+`RELOAD` as a result means that the handler has rewritten the registers (exec, sigreturn); `GONE` that the task is no
+more."""
 
 from __future__ import annotations
 
@@ -93,8 +94,8 @@ calls: list[Callable[[Any, tuple[int, ...]], Any] | None] = [None] * NR_SYSCALLS
 
 
 def syscall(nr: int, *, partial: str = "", note: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declare a handler for amd64 call `nr` (arch/x86/entry/syscalls/syscall_64.tbl). `partial` says what is missing, `note`
-    a deviation that an application can see. Several decorators may stand on one handler."""
+    """Declare a handler for amd64 call `nr` (arch/x86/entry/syscalls/syscall_64.tbl). `partial` says what is missing,
+    `note` a deviation that an application can see. Several decorators may stand on one handler."""
 
     def declare(handler: Callable[..., Any]) -> Callable[..., Any]:
         if rows[nr] is not None:
