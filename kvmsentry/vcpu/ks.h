@@ -1,0 +1,138 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * kvmsentry's KVM floor in C: the machine, one runner thread a vCPU, and the Sentry's side of the channel.
+ *
+ * Who owns a context's registers is one word, `owner`:
+ *
+ *   KS_GUEST  the application runs (or its request lies in the channel, not yet seen)
+ *   KS_TAKEN  an event was taken into private memory: by the Sentry from the channel, or by the runner.
+ *             Only the Sentry leaves this state, by answering
+ *   KS_IDLE   in the pool, no application
+ *   KS_EXIT   the runner thread ends
+ *
+ * GUEST -> TAKEN is a compare-and-swap, so an event is taken once, whatever the application does to its channel.
+ * `where` says whether the runner is out of KVM_RUN and sleeps on `owner`. Runner: where = STOPPED, fence, read owner;
+ * Sentry: owner = GUEST, fence, read where: one of them sees the other.
+ */
+#ifndef KVMSENTRY_KS_H
+#define KVMSENTRY_KS_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <linux/kvm.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/epoll.h>
+
+#include "layout.h"
+
+typedef uint64_t u64;
+typedef uint32_t u32;
+
+enum { KS_GUEST, KS_TAKEN, KS_IDLE, KS_EXIT };
+enum { KS_RUNNING, KS_STOPPED };
+enum { KS_FROM_CHANNEL, KS_FROM_RUNNER };
+enum { KS_MAX_HOST_EVENTS = 32 };
+
+struct ks_machine;
+
+struct ks_vcpu {
+	struct ks_machine *m;
+	u32 id;
+	int fd;
+	struct kvm_run *run;
+	pthread_t thread;
+	int tid;
+
+	/* Shared between the Sentry thread and the runner. */
+	_Atomic u32 owner;	/* futex word of the runner */
+	_Atomic u32 where;
+	_Atomic u32 pending;	/* the runner took an event that the Sentry has not seen */
+	_Atomic u32 kick;
+	_Atomic u32 halt;	/* come out of KVM_RUN although TAKEN, and stay */
+
+	/* Belongs to whoever holds TAKEN. */
+	u64 call[7];		/* EV_SYSCALL: number and arguments, in order */
+	u64 regs[KS_NREGS];
+	u64 fault_address;
+	u64 error_code;
+	u32 event;
+	u32 vector;
+	u32 source;
+	u32 relocate;		/* resume at `answered` instead of where the vCPU stands */
+	u32 fresh;		/* resume with new segments and CR3: a start or an exec */
+	u32 xwant;		/* the next RELOAD shall load xsave[] */
+	u32 xset;		/* the last answer was a RELOAD that loads xsave[] */
+	u32 xlost;		/* ... and it was cut short before that */
+	u64 cr3;
+
+	/* The Sentry's. */
+	struct ks_channel *ch;
+	u64 ch_gpa;
+	u64 ch_va;		/* what GS base is */
+	int running;		/* index in the list of contexts that can produce events, or -1 */
+	u64 kicked_at;
+
+	uint8_t *sup;		/* supervisor page */
+	u64 sup_va;
+	u64 kicks, exits, parks;
+	uint8_t xsave[4096] __attribute__((aligned(64)));
+};
+
+struct ks_machine {
+	int kvm, vm, bell, epoll, timer;
+	int ring0;		/* the host's SYSCALL enters ring 0 and ring 0 is native */
+	int ncpus;
+	int have_pwait2;
+	uint8_t *mem;		/* host address of GPA 0 */
+	struct ks_shared *shared;
+	struct kvm_sregs sregs;	/* as every context starts, but for CR3, GS and TR */
+	struct kvm_cpuid2 *cpuid;
+	u64 xcr0;
+	u32 mxcsr_mask;
+	int run_size;
+	u32 nvcpus;
+	struct ks_vcpu *vcpus[KS_MAX_VCPUS + 1];
+	u32 nrunning, next;
+	struct ks_vcpu *running[KS_MAX_VCPUS];
+	u32 nkicked;
+	_Atomic u32 asleep;	/* same as shared->asleep, for the runners */
+	_Atomic u32 woken;
+
+	/* The wait's own. */
+	u64 tsc_khz;
+	u64 gap;		/* smoothed ticks from an empty scan to the next request */
+	u64 polled;		/* when the host's descriptors were last looked at */
+	int nhost, host_due;
+	struct epoll_event host[KS_MAX_HOST_EVENTS];
+	u64 count_sleeps, count_spins, count_events, count_doorbells;
+
+	struct ks_vcpu *service;
+};
+
+static inline u64 ks_ticks(void)
+{
+	u32 lo, hi;
+
+	__asm__ volatile("rdtsc" : "=a"(lo), "=d"(hi));
+	return (u64)hi << 32 | lo;
+}
+
+static inline void ks_pause(void) { __builtin_ia32_pause(); }
+
+/* One read of a word that the application may be writing. */
+#define KS_READ(x) (*(volatile __typeof__(x) *)&(x))
+
+long ks_futex_wait(_Atomic u32 *word, u32 value);
+void ks_futex_wake(_Atomic u32 *word);
+void ks_ring(struct ks_machine *m);
+void ks_take_channel(struct ks_vcpu *v);
+void *ks_runner(void *arg);
+int ks_kick_signal(void);
+struct kvm_segment ks_segment(int selector, int type, int dpl, int code);
+
+#endif

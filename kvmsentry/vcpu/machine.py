@@ -1,0 +1,365 @@
+"""The machine: one KVM VM, its vCPUs as contexts, and the wait. This is the Platform of kernel and mm.
+
+A context is one guest thread's processor. It is with the guest, or stopped in an event that the Sentry answers with
+exactly one of reply, reload, park or release. Everything that must be fast is in C (sentry.c, runner.c); this module
+gives it names.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import struct
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from kvmsentry.errors import BrokenInvariant, Errno, HostError
+
+from . import layout
+from ._kvm import ffi, lib
+from .layout import EV_EXCEPTION, EV_FAULT, EV_HOST_ERROR, EV_SYSCALL, LINEAR_PML4, NREGS, STUB_PML4
+from .memory import PAGE, GuestMemory
+from .traits import open_kvm, refusal, traits
+
+_unpack_args = struct.Struct("6Q").unpack_from
+_reply = lib.ks_reply
+_reload = lib.ks_reload
+_wait = lib.ks_wait
+
+PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
+TABLE = 3  # present, writable, supervisor
+
+
+class Window:
+    """What the machine has mapped into one Mmu: the ring 3 entry's pages and a channel page for every thread."""
+
+    __slots__ = ("frames", "free", "used")
+
+    def __init__(self) -> None:
+        self.frames: list[int] = []  # slot -> GPA of its channel
+        self.free: list[int] = []
+        self.used = 0
+
+
+class Context:
+    """One guest thread's processor. Attributes of an event hold until the context is answered."""
+
+    __slots__ = ("_args", "_machine", "_nr", "_slot", "_v", "args", "error_code", "event", "fault_address", "id", "mmu",
+                 "next_mmu", "nr", "owner", "regs", "vector")
+
+    regs: memoryview
+    event: int
+    nr: int
+    args: tuple[int, ...]
+
+    def __init__(self, machine: Machine, v: Any) -> None:
+        self._machine = machine
+        self._v = v
+        self.id: int = lib.ks_id(v)
+        self.regs = memoryview(ffi.buffer(ffi.cast("char *", lib.ks_regs(v)), NREGS * 8)).cast("B").cast("Q")
+        call = memoryview(ffi.buffer(ffi.cast("char *", lib.ks_call(v)), 56)).cast("B")
+        self._nr = call[:8].cast("Q")
+        self._args = call[8:]
+        self._slot = -1
+        self.mmu: Any = None
+        self.next_mmu: Any = None
+        self.owner: Any = None
+        self.event = EV_SYSCALL
+        self.nr = 0
+        self.args = ()
+        self.fault_address = self.error_code = self.vector = 0
+
+    def reply(self, result: int) -> None:
+        """CONTINUE: RAX = result, all else as it was. Also ends a park."""
+        _reply(self._v, result)
+
+    def reload(self) -> None:
+        """All 20 registers were rewritten in `regs` (and perhaps the processor state, the address space): go on with them."""
+        if self.next_mmu is not None:
+            self._machine._move(self)
+        _reload(self._v)
+
+    def park(self) -> None:
+        """The answer comes later: the guest leaves its processor, its thread sleeps until reply() or reload()."""
+        lib.ks_park(self._v)
+
+    def kick(self) -> None:
+        """Makes a context that is with the guest produce an event soon: EV_KICKED, unless another comes first. Nothing
+        happens when it is stopped already. From the Sentry thread."""
+        lib.ks_kick(self._v)
+
+    def xsave(self) -> bytes:
+        """FPU, SSE, AVX state in XSAVE's standard format (SDM vol. 1, 13.4), platform.xsave_size bytes; while stopped."""
+        size = self._machine.xsave_size
+        area = bytearray(size)
+        rc = lib.ks_xsave(self._v, ffi.from_buffer(area), size)
+        if rc < 0:
+            raise HostError("KVM_GET_XSAVE", -rc)
+        return bytes(area)
+
+    def set_xsave(self, data: bytes | None) -> None:
+        """Processor state for the next reload(); None is the initial state. What the processor would refuse is masked."""
+        if data is None:
+            lib.ks_xinit(self._v)
+        else:
+            lib.ks_set_xsave(self._v, ffi.from_buffer(data), len(data))
+
+    def switch(self, mmu: Any) -> None:
+        """exec: the next reload() starts in this address space, with the processor state initial."""
+        self.next_mmu = mmu
+        lib.ks_xinit(self._v)
+
+    def release(self) -> None:
+        """The thread ended: its vCPU has left the guest when this returns, and serves the next context."""
+        self._machine._release(self)
+
+
+class Machine:
+    """A KVM virtual machine as a Platform. HostError when the host refuses, with what helps."""
+
+    def __init__(self, mmu_factory: Callable[[], Any] | None = None) -> None:
+        self.name = "kvm"
+        self.mmu_factory = mmu_factory
+        self._m: Any = None
+        self._kvm = open_kvm()
+        self.memory: GuestMemory
+        try:
+            self.traits: dict[str, Any] = traits(self._kvm)
+            self.ring0: bool = self.traits["entry"] == "ring0"
+            self.nested: bool = self.traits["paging"] == "nested"
+            self.xcr0: int = self.traits["xcr0"]
+            self.xsave_size: int = self.traits["xsave_size"]
+            self.memory = GuestMemory(self.traits["phys_bits"] or layout.GPA_BITS)
+            self._make()
+        except BaseException:
+            self.close()
+            raise
+        self.tsc_khz: int = lib.ks_counter(self._m, 6)
+        self._contexts: list[Context | None] = [None] * (layout.MAX_VCPUS + 1)
+        self._vcpus: dict[int, Any] = {}
+        self._pool: list[Any] = []
+        self._windows: dict[int, Window] = {}
+        self._frames = list(range(layout.GPA_CHANNELS + (layout.CHANNEL_FRAMES - 1) * PAGE, layout.GPA_CHANNELS - PAGE, -PAGE))
+        self._watched: dict[int, Callable[[int], None]] = {}
+        self._epoll_fd: int = lib.ks_epoll_fd(self._m)
+        self._epoll = select.epoll.fromfd(os.dup(self._epoll_fd))
+
+    def _make(self) -> None:
+        out = ffi.new("struct ks_machine **")
+        failed = ffi.new("char **")
+        rc = lib.ks_machine_new(self._kvm, self.ring0, self.xcr0, self.memory.at(0), out, failed)
+        self._m = out[0] if out[0] != ffi.NULL else None
+        if rc < 0:
+            raise refusal(ffi.string(failed[0]).decode() if failed[0] else "KVM", -rc)
+        self.memory.attach(self._set_slot)
+
+    def _set_slot(self, slot: int, gpa: int, length: int, file: bool) -> None:
+        rc = lib.ks_set_memslot(self._m, slot, gpa, length, file)
+        if rc < 0:
+            raise refusal(f"KVM_SET_USER_MEMORY_REGION of {length >> 20} MiB", -rc)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Events and sleeps of the wait, spins, doorbell rings, vCPUs made, and the vCPUs' exits and parks."""
+        names = ("events", "sleeps", "spins", "doorbells", "vcpus")
+        counts = {name: lib.ks_counter(self._m, i) for i, name in enumerate(names)}
+        counts["exits"] = sum(lib.ks_vcpu_counter(v, 0) for v in self._vcpus.values())
+        counts["parks"] = sum(lib.ks_vcpu_counter(v, 1) for v in self._vcpus.values())
+        return counts
+
+    def kernel_pml4_entries(self) -> dict[int, int]:
+        """{index: entry} that every PML4 must hold: the linear map and the stub, ring 0 only."""
+        return {LINEAR_PML4: layout.GPA_LINEAR_PDPT | 0x20 | TABLE, STUB_PML4: layout.GPA_KERNEL_PDPT | 0x20 | TABLE}
+
+    # Address spaces and channels.
+
+    def _window(self, mmu: Any) -> Window:
+        window = self._windows.get(id(mmu))
+        if window is None:
+            window = self._windows[id(mmu)] = Window()
+            weakref.finalize(mmu, self._forget, id(mmu)).atexit = False
+            if not self.ring0:
+                mmu.map(layout.WINDOW_CODE, layout.GPA_ENTRY, PAGE, PROT_READ | PROT_EXEC)
+                mmu.map(layout.WINDOW_SHARED, layout.GPA_SHARED, PAGE, PROT_READ)
+        return window
+
+    def forget(self, mmu: Any) -> None:
+        """The address space is gone (or will never run again): its channel frames may serve others. Called by itself
+        when the Mmu object is collected."""
+        self._forget(id(mmu))
+
+    def _forget(self, key: int) -> None:
+        window = self._windows.pop(key, None)
+        if window is not None:
+            if window.used:
+                raise BrokenInvariant(f"an address space went away under {window.used} contexts")
+            self._frames.extend(window.frames)
+
+    def _enter(self, ctx: Context, mmu: Any) -> None:
+        """A channel in mmu for ctx, whose vCPU is out of the guest; the next reload starts there."""
+        window = self._window(mmu)
+        if window.free:
+            slot = window.free.pop()
+        else:
+            slot = len(window.frames)
+            if not self._frames or slot >= layout.WINDOW_SLOTS:
+                raise Errno(errno.EAGAIN)
+            gpa = self._frames[-1]
+            if not self.ring0:
+                mmu.map(layout.WINDOW_CHANNELS + slot * PAGE, gpa, PAGE, PROT_READ | PROT_WRITE)
+            self._frames.pop()
+            window.frames.append(gpa)
+        window.used += 1
+        gpa = window.frames[slot]
+        base = layout.LINEAR_BASE + gpa if self.ring0 else layout.WINDOW_CHANNELS + slot * PAGE
+        lib.ks_fresh(ctx._v, mmu.cr3, gpa, base)
+        ctx.mmu, ctx._slot = mmu, slot
+
+    def _leave(self, ctx: Context) -> None:
+        window = self._windows[id(ctx.mmu)]
+        window.free.append(ctx._slot)
+        window.used -= 1
+        ctx.mmu, ctx._slot = None, -1
+
+    def _move(self, ctx: Context) -> None:
+        mmu, ctx.next_mmu = ctx.next_mmu, None
+        if mmu is ctx.mmu:
+            return
+        lib.ks_halt(ctx._v)
+        self._leave(ctx)
+        self._enter(ctx, mmu)
+
+    def new_context(self, mmu: Any, regs: bytes | None = None) -> Context:
+        """A stopped context in mmu, registers zero or `regs` (20 words), processor state initial; reload() starts it.
+        Errno(EAGAIN) when no vCPU is left."""
+        if self._pool:
+            v = self._pool.pop()
+        else:
+            v = self._new_vcpu()
+        lib.ks_claim(v)
+        ctx = Context(self, v)
+        try:
+            self._enter(ctx, mmu)
+        except BaseException:
+            lib.ks_release(v)
+            self._pool.append(v)
+            raise
+        if regs is not None:
+            ctx.regs.cast("B")[:] = regs
+        self._contexts[ctx.id] = ctx
+        return ctx
+
+    def _new_vcpu(self) -> Any:
+        out = ffi.new("struct ks_vcpu **")
+        failed = ffi.new("char **")
+        rc = lib.ks_vcpu_new(self._m, out, failed)
+        if rc < 0:
+            if -rc in (errno.EAGAIN, errno.EINVAL, errno.ENOSPC, errno.EMFILE, errno.ENFILE):
+                raise Errno(errno.EAGAIN)
+            raise refusal(ffi.string(failed[0]).decode() if failed[0] else "KVM_CREATE_VCPU", -rc)
+        self._vcpus[lib.ks_id(out[0])] = out[0]
+        return out[0]
+
+    def _release(self, ctx: Context) -> None:
+        if self._contexts[ctx.id] is not ctx:
+            raise BrokenInvariant("a context is released twice")
+        lib.ks_release(ctx._v)
+        self._leave(ctx)
+        self._contexts[ctx.id] = None
+        self._pool.append(ctx._v)
+
+    # Events.
+
+    def wait(self, timeout_ns: int) -> Context | None:
+        """The next context with an event. None: the time is over, host descriptors were served, or wake(). timeout_ns < 0
+        waits for ever, 0 looks once."""
+        n = _wait(self._m, timeout_ns)
+        if 0 <= n <= 0xFFFF:  # EV_SYSCALL << 16 | id
+            ctx = self._contexts[n]
+            ctx.event = EV_SYSCALL  # type: ignore[union-attr]
+            ctx.nr = ctx._nr[0]  # type: ignore[union-attr]
+            ctx.args = _unpack_args(ctx._args)  # type: ignore[union-attr]
+            return ctx
+        return self._other(n)
+
+    def _other(self, n: int) -> Context | None:
+        if n >= 0:
+            ctx = self._contexts[n & 0xFFFF]
+            if ctx is None:
+                raise BrokenInvariant(f"event of vCPU {n & 0xFFFF}, which has no context")
+            event = ctx.event = n >> 16
+            v = ctx._v
+            if event in (EV_FAULT, EV_EXCEPTION, EV_HOST_ERROR):
+                ctx.fault_address = lib.ks_fault_address(v)
+                ctx.error_code = lib.ks_error_code(v)
+                ctx.vector = lib.ks_vector(v)
+            return ctx
+        if n == lib.KS_HOST:
+            # All of them are read before the first callback runs: a callback may wait in turn.
+            ready = []
+            i = 0
+            while (packed := lib.ks_host_event(self._m, i)) != 0:
+                ready.append((packed & 0xFFFFFFFF, packed >> 32))
+                i += 1
+            for fd, events in ready:
+                callback = self._watched.get(fd)
+                if callback is not None:
+                    callback(events)
+        elif n < -lib.KS_FAILED:
+            raise HostError("epoll_wait", -n - lib.KS_FAILED - 1)
+        return None
+
+    def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
+        """Calls callback(ready events) inside wait() whenever the host's descriptor is ready (level triggered). Watching
+        it again replaces events and callback. HostError when epoll cannot watch it."""
+        try:
+            if fd in self._watched:
+                self._epoll.modify(fd, events)
+            else:
+                self._epoll.register(fd, events)
+        except OSError as error:
+            raise HostError(f"epoll_ctl of descriptor {fd}", error.errno or errno.EIO) from None
+        self._watched[fd] = callback
+
+    def unwatch(self, fd: int) -> None:
+        """Ends watch(); before the descriptor is closed."""
+        if self._watched.pop(fd, None) is not None:
+            try:
+                self._epoll.unregister(fd)
+            except OSError as error:
+                raise HostError(f"epoll_ctl of descriptor {fd}", error.errno or errno.EIO) from None
+
+    def wake(self) -> None:
+        """From any thread: makes wait() return."""
+        lib.ks_wake(self._m)
+
+    # Page tables.
+
+    def invalidate(self, mmu: Any, tables: list[int]) -> None:
+        """Makes removed and narrowed entries hold on every vCPU before it returns. `tables`: GPAs of the page-table pages
+        of mmu that lost them, or that were freed and are about to be reused."""
+        if self.nested:
+            rc = lib.ks_flush_tlbs(self._m)
+        elif tables:
+            rc = lib.ks_touch(self._m, mmu.cr3, ffi.new("uint64_t[]", tables), len(tables))
+        else:
+            return
+        if rc < 0:
+            raise HostError("invalidation by the service vCPU", -rc)
+
+    def close(self) -> None:
+        """Ends every vCPU, then the machine and its memory."""
+        if getattr(self, "_epoll", None) is not None:
+            self._epoll.close()
+        if self._m is not None:
+            lib.ks_machine_free(self._m)
+            self._m = None
+        if self._kvm >= 0:
+            os.close(self._kvm)
+            self._kvm = -1
+        memory = getattr(self, "memory", None)
+        if memory is not None:
+            memory.close()
+            del self.memory

@@ -1,0 +1,87 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Host memory behind guest-physical memory. Addresses are ours; all return 0 or -errno. */
+#include "ks.h"
+
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "api.h"
+
+void *ks_reserve(uint64_t length)
+{
+	const u64 huge = 2 << 20;
+	uint8_t *p = mmap(NULL, length + huge, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	u64 skip;
+
+	if (p == MAP_FAILED)
+		return NULL;
+	skip = -(u64)p & (huge - 1);	/* GPA and host address are congruent mod 2 MiB: huge pages fit in both */
+	if (skip)
+		munmap(p, skip);
+	munmap(p + skip + length, huge - skip);
+	return p + skip;
+}
+
+void ks_unreserve(void *base, uint64_t length)
+{
+	munmap(base, length);
+}
+
+int ks_map_ram(void *at, uint64_t length, int huge)
+{
+	if (mmap(at, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED)
+		return -errno;
+	madvise(at, length, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);	/* advice: a kernel without it is fine */
+	madvise(at, length, MADV_DONTFORK);
+	return 0;
+}
+
+int ks_map_file(void *at, uint64_t length, int fd, uint64_t offset, int writable)
+{
+	int prot = PROT_READ | (writable ? PROT_WRITE : 0);
+
+	if (mmap(at, length, prot, MAP_SHARED | MAP_FIXED, fd, offset) == MAP_FAILED)
+		return -errno;
+	return 0;
+}
+
+int ks_unmap(void *at, uint64_t length)
+{
+	if (mmap(at, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED)
+		return -errno;
+	return 0;
+}
+
+int ks_give_back(void *at, uint64_t length)
+{
+	return madvise(at, length, MADV_DONTNEED) < 0 ? -errno : 0;
+}
+
+void ks_zero(void *at, uint64_t length)
+{
+	memset(at, 0, length);
+}
+
+void ks_copy(void *to, const void *from, uint64_t length)
+{
+	memmove(to, from, length);
+}
+
+/* Through the kernel, which finds a missing page of a truncated file where a load of ours would get SIGBUS. */
+int64_t ks_safe_read(const void *from, void *to, uint64_t length)
+{
+	struct iovec local = { to, length }, remote = { (void *)from, length };
+	ssize_t n = process_vm_readv(getpid(), &local, 1, &remote, 1, 0);
+
+	return n < 0 ? -errno : n;
+}
+
+int64_t ks_safe_write(void *to, const void *from, uint64_t length)
+{
+	struct iovec local = { (void *)from, length }, remote = { to, length };
+	ssize_t n = process_vm_writev(getpid(), &local, 1, &remote, 1, 0);
+
+	return n < 0 ? -errno : n;
+}

@@ -1,0 +1,457 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The Sentry's side: wait for events, answer them, kick, stop, and save processor state. One thread calls all of this.
+ */
+#include "ks.h"
+
+#include <signal.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <sys/timerfd.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "api.h"
+
+enum {
+	NEAR_US = 20,		/* requests closer than this are waited for by spinning (docs: measured) */
+	SPIN_BUSY_US = 40,	/* ... for so long, while guests could use the processor */
+	SPIN_IDLE_US = 150,	/* and so long when a processor would be idle anyway */
+	POLL_US = 50,		/* host descriptors are looked at this often when there is never a reason to sleep */
+	REKICK_US = 2000,
+	SAVE_US = 100,
+};
+
+static u64 ticks_of_us(const struct ks_machine *m, u64 us)
+{
+	return us * m->tsc_khz / 1000;
+}
+
+static void list_add(struct ks_vcpu *v)
+{
+	struct ks_machine *m = v->m;
+
+	if (v->running < 0) {
+		v->running = m->nrunning;
+		m->running[m->nrunning++] = v;
+	}
+}
+
+static void list_remove(struct ks_vcpu *v)
+{
+	struct ks_machine *m = v->m;
+
+	if (v->running >= 0) {
+		struct ks_vcpu *last = m->running[--m->nrunning];
+
+		m->running[v->running] = last;
+		last->running = v->running;
+		v->running = -1;
+	}
+}
+
+static void forget_kick(struct ks_vcpu *v)
+{
+	if (v->kicked_at) {
+		v->kicked_at = 0;
+		v->m->nkicked--;
+		atomic_store(&v->kick, 0);
+	}
+}
+
+static struct ks_vcpu *scan(struct ks_machine *m)
+{
+	u32 n = m->nrunning, at = m->next;
+
+	for (u32 i = 0; i < n; i++) {
+		struct ks_vcpu *v;
+		u32 guest = KS_GUEST;
+
+		if (++at >= n)
+			at = 0;
+		v = m->running[at];
+		if (atomic_load_explicit(&v->pending, memory_order_acquire)) {
+			atomic_store_explicit(&v->pending, 0, memory_order_relaxed);
+		} else {
+			if (KS_READ(v->ch->state) != KS_ST_REQUEST)
+				continue;
+			if (!atomic_compare_exchange_strong(&v->owner, &guest, KS_TAKEN))
+				continue;
+			ks_take_channel(v);
+		}
+		m->next = at;
+		m->count_events++;
+		forget_kick(v);
+		return v;
+	}
+	return NULL;
+}
+
+static void send_kick(struct ks_vcpu *v)
+{
+	v->run->immediate_exit = 1;
+	syscall(SYS_tgkill, getpid(), v->tid, ks_kick_signal());
+}
+
+/* A kick that was dropped because a request was about to come (K1, K2) and then did not: an application can do that. */
+static void kick_again(struct ks_machine *m, u64 now)
+{
+	for (u32 i = 0; i < m->nrunning; i++) {
+		struct ks_vcpu *v = m->running[i];
+
+		if (v->kicked_at && now - v->kicked_at > ticks_of_us(m, REKICK_US)) {
+			v->kicked_at = now;
+			atomic_store(&v->kick, 1);
+			send_kick(v);
+		}
+	}
+}
+
+static int sleep_on_epoll(struct ks_machine *m, struct epoll_event *events, int64_t ns)
+{
+	struct timespec ts = { ns / 1000000000, ns % 1000000000 };
+	struct itimerspec timer = { .it_value = ts };
+
+	if (ns == 0)
+		return epoll_wait(m->epoll, events, KS_MAX_HOST_EVENTS, 0);
+	if (ns < 0)
+		return epoll_wait(m->epoll, events, KS_MAX_HOST_EVENTS, -1);
+#ifdef SYS_epoll_pwait2
+	if (m->have_pwait2) {
+		int n = syscall(SYS_epoll_pwait2, m->epoll, events, KS_MAX_HOST_EVENTS, &ts, NULL, 0);
+
+		if (n >= 0 || errno != ENOSYS)
+			return n;
+		m->have_pwait2 = 0;
+	}
+#endif
+	timerfd_settime(m->timer, 0, &timer, NULL);
+	return epoll_wait(m->epoll, events, KS_MAX_HOST_EVENTS, -1);
+}
+
+/* One epoll; the bell and the timer are dealt with here. Returns how many host descriptors are ready, -1 - errno if it failed. */
+static int look_at_host(struct ks_machine *m, int64_t ns)
+{
+	struct epoll_event events[KS_MAX_HOST_EVENTS];
+	u64 count;
+	int n = sleep_on_epoll(m, events, ns);
+
+	m->polled = ks_ticks();
+	if (n < 0)
+		return errno == EINTR ? 0 : -1 - errno;
+	m->nhost = 0;
+	for (int i = 0; i < n; i++) {
+		if (events[i].data.fd == m->bell) {
+			m->count_doorbells += read(m->bell, &count, sizeof(count)) > 0;
+		} else if (events[i].data.fd == m->timer) {
+			if (read(m->timer, &count, sizeof(count)) < 0)
+				continue;
+		} else {
+			m->host[m->nhost++] = events[i];
+		}
+	}
+	return m->nhost;
+}
+
+static int found(const struct ks_vcpu *v)
+{
+	return v->event << 16 | v->id;
+}
+
+int ks_wait(struct ks_machine *m, int64_t timeout)
+{
+	struct ks_vcpu *v;
+	u64 start, now, spin, end = 0;
+	int n, slept = 0;
+
+	if (m->host_due) {
+		m->host_due = 0;
+		if ((n = look_at_host(m, 0)))
+			return n > 0 ? KS_HOST : n - KS_FAILED;
+	}
+	v = scan(m);
+	if (v) {
+		m->gap -= m->gap / 8;
+		/* Never a reason to sleep: host descriptors get their turn all the same. */
+		if (m->count_events & 31)
+			return found(v);
+		now = ks_ticks();
+		if (now - m->polled > ticks_of_us(m, POLL_US))
+			m->host_due = 1;
+		return found(v);
+	}
+	start = now = ks_ticks();
+	if (timeout > 0)
+		end = start + (u64)((unsigned __int128)timeout * m->tsc_khz / 1000000);
+	for (;;) {
+		if (atomic_load_explicit(&m->woken, memory_order_relaxed)) {
+			atomic_store(&m->woken, 0);
+			return KS_WOKEN;
+		}
+		if (now - m->polled > ticks_of_us(m, POLL_US)) {
+			if ((n = look_at_host(m, 0)))
+				return n > 0 ? KS_HOST : n - KS_FAILED;
+		}
+		if (timeout == 0 || (timeout > 0 && (int64_t)(now - end) >= 0))
+			return KS_TIMEOUT;
+		if (m->nkicked)
+			kick_again(m, now);
+
+		if (!m->nrunning)
+			spin = 0;
+		else if ((int)m->nrunning < m->ncpus)
+			spin = ticks_of_us(m, SPIN_IDLE_US);
+		else
+			spin = m->gap < ticks_of_us(m, NEAR_US) ? ticks_of_us(m, SPIN_BUSY_US) : 0;
+		if (!slept && now - start < spin) {
+			for (int i = 0; i < 16; i++) {
+				ks_pause();
+				if ((v = scan(m)))
+					goto out;
+			}
+			m->count_spins++;
+			now = ks_ticks();
+			continue;
+		}
+
+		m->shared->asleep = 1;
+		atomic_store(&m->asleep, 1);	/* seq_cst: the guests' and runners' view before the last look */
+		v = scan(m);
+		if (!v && !atomic_load(&m->woken)) {
+			int64_t ns = -1;
+
+			if (timeout > 0)
+				ns = (u64)((unsigned __int128)(end - now) * 1000000 / m->tsc_khz) + 1;
+			if (m->nkicked && (ns < 0 || ns > REKICK_US * 1000))
+				ns = REKICK_US * 1000;
+			m->count_sleeps++;
+			slept = 1;
+			n = look_at_host(m, ns);
+		} else {
+			n = 0;
+		}
+		m->shared->asleep = 0;
+		atomic_store(&m->asleep, 0);
+		if (v || (v = scan(m))) {
+			if (n > 0)
+				m->polled = 0;
+			goto out;
+		}
+		if (n)
+			return n > 0 ? KS_HOST : n - KS_FAILED;
+		now = ks_ticks();
+	}
+out:
+	now = ks_ticks() - start;
+	m->gap += (int64_t)(now - m->gap) / 8;
+	return found(v);
+}
+
+/* The word the answer turns on was written; now the context is the guest's. */
+static void hand_over(struct ks_vcpu *v)
+{
+	atomic_store(&v->owner, KS_GUEST);	/* seq_cst, before `where` is read (K4) */
+	if (atomic_load(&v->where) == KS_STOPPED)
+		ks_futex_wake(&v->owner);
+	if (v->running < 0)
+		list_add(v);
+}
+
+static int canonical(u64 address)
+{
+	return (int64_t)(address << 16) >> 16 == (int64_t)address;
+}
+
+void ks_reload(struct ks_vcpu *v)
+{
+	struct ks_channel *ch = v->ch;
+	u64 *r = v->regs;
+
+	r[KS_RFLAGS] = (r[KS_RFLAGS] & KS_RFLAGS_USER) | KS_RFLAGS_FIXED;
+	if (!canonical(r[KS_FS_BASE]))
+		r[KS_FS_BASE] = 0;
+	if (!canonical(r[KS_GS_BASE]))
+		r[KS_GS_BASE] = 0;
+	memcpy(ch->regs, r, sizeof(ch->regs));
+	ch->frame[0] = r[KS_RIP];
+	if (v->m->ring0 && !canonical(r[KS_RIP]))
+		ch->frame[0] = KS_USER_TOP;	/* ring 0's iretq must not fault: the fetch does, in ring 3 */
+	ch->frame[1] = KS_USER_CS;
+	ch->frame[2] = r[KS_RFLAGS];
+	ch->frame[3] = r[KS_RSP];
+	ch->frame[4] = KS_USER_DS;
+	v->xset = v->xwant || v->xlost;
+	v->xwant = v->xlost = 0;
+	if (v->xset)
+		memcpy(ch->xsave, v->xsave, KS_XSAVE_MAX);
+	ch->xflag = v->xset;
+	ch->cmd = KS_CMD_RELOAD;
+	atomic_signal_fence(memory_order_seq_cst);
+	*(volatile u32 *)&ch->state = KS_ST_ANSWERED;
+	hand_over(v);
+}
+
+void ks_reply(struct ks_vcpu *v, int64_t result)
+{
+	struct ks_channel *ch = v->ch;
+
+	v->regs[KS_RAX] = result;
+	if (v->source != KS_FROM_CHANNEL || v->event != KS_EV_SYSCALL || v->fresh || v->xwant || v->xlost) {
+		ks_reload(v);
+		return;
+	}
+	v->xset = 0;
+	ch->result = result;
+	ch->cmd = KS_CMD_CONTINUE;
+	atomic_signal_fence(memory_order_seq_cst);
+	*(volatile u32 *)&ch->state = KS_ST_ANSWERED;
+	hand_over(v);
+}
+
+int ks_reply_wait(struct ks_vcpu *v, int64_t result, int64_t timeout)
+{
+	ks_reply(v, result);
+	return ks_wait(v->m, timeout);
+}
+
+void ks_park(struct ks_vcpu *v)
+{
+	if (v->source == KS_FROM_CHANNEL)
+		*(volatile u32 *)&v->ch->state = KS_ST_LEAVE;
+	list_remove(v);
+}
+
+void ks_kick(struct ks_vcpu *v)
+{
+	if (atomic_load(&v->owner) != KS_GUEST)
+		return;
+	if (!v->kicked_at)
+		v->m->nkicked++;
+	v->kicked_at = ks_ticks() | 1;
+	atomic_store(&v->kick, 1);
+	send_kick(v);
+}
+
+/* Brings a vCPU whose context is TAKEN out of the guest; it stays out until it is answered. */
+void ks_halt(struct ks_vcpu *v)
+{
+	u64 sent = 0, now;
+
+	if (atomic_load(&v->where) == KS_STOPPED)
+		return;
+	atomic_store(&v->halt, 1);
+	for (;;) {
+		now = ks_ticks();
+		if (now - sent > ticks_of_us(v->m, 1000)) {
+			send_kick(v);
+			sent = now;
+		}
+		for (int i = 0; i < 200; i++) {
+			if (atomic_load(&v->where) == KS_STOPPED) {
+				atomic_store(&v->halt, 0);
+				return;
+			}
+			ks_pause();
+		}
+		struct timespec nap = { 0, 20000 };
+		if (now - sent > ticks_of_us(v->m, 30))
+			nanosleep(&nap, NULL);
+	}
+}
+
+void ks_release(struct ks_vcpu *v)
+{
+	u32 guest = KS_GUEST;
+
+	atomic_compare_exchange_strong(&v->owner, &guest, KS_TAKEN);
+	ks_halt(v);
+	forget_kick(v);
+	list_remove(v);
+	atomic_store(&v->pending, 0);
+	atomic_store(&v->owner, KS_IDLE);
+}
+
+/* Initial processor state: XSTATE_BV 0 makes XRSTOR load it; MXCSR comes from the image all the same (SDM vol. 1, 13.8.1). */
+void ks_xinit(struct ks_vcpu *v)
+{
+	memset(v->xsave, 0, sizeof(v->xsave));
+	v->xsave[0] = 0x7f;
+	v->xsave[1] = 0x03;
+	v->xsave[24] = 0x80;
+	v->xsave[25] = 0x1f;
+	v->xwant = 1;
+}
+
+void ks_set_xsave(struct ks_vcpu *v, const void *data, u32 length)
+{
+	u64 *header = (u64 *)(v->xsave + 512);
+	u32 mxcsr;
+
+	if (length > KS_XSAVE_MAX)
+		length = KS_XSAVE_MAX;
+	ks_xinit(v);
+	memcpy(v->xsave, data, length);
+	memcpy(&mxcsr, v->xsave + 24, 4);
+	mxcsr &= v->m->mxcsr_mask;
+	memcpy(v->xsave + 24, &mxcsr, 4);
+	if (length < 576)
+		header[0] = 3;
+	header[0] &= v->m->xcr0;
+	memset(header + 1, 0, 56);
+}
+
+/* Prepares a context that is TAKEN and stopped (new or exec) to start with the next reload. */
+void ks_fresh(struct ks_vcpu *v, u64 cr3, u64 channel_gpa, u64 channel_va)
+{
+	ks_halt(v);
+	v->cr3 = cr3;
+	v->ch_gpa = channel_gpa;
+	v->ch = (struct ks_channel *)(v->m->mem + channel_gpa);
+	v->ch_va = channel_va;
+	memset(v->ch, 0, sizeof(*v->ch));
+	v->fresh = 1;
+	v->source = KS_FROM_RUNNER;
+}
+
+/* A pooled vCPU gets a context. */
+void ks_claim(struct ks_vcpu *v)
+{
+	atomic_store(&v->owner, KS_TAKEN);
+	memset(v->regs, 0, sizeof(v->regs));
+	v->event = KS_EV_KICKED;
+	v->relocate = v->xset = v->xlost = 0;
+	atomic_store(&v->kick, 0);
+	atomic_store(&v->halt, 0);
+	ks_xinit(v);
+}
+
+int ks_xsave(struct ks_vcpu *v, void *to, u32 length)
+{
+	struct kvm_xsave area;
+
+	if (v->xwant || v->xlost) {
+		memcpy(to, v->xsave, length);
+		return 0;
+	}
+	ks_halt(v);
+	if (ioctl(v->fd, KVM_GET_XSAVE, &area) < 0)
+		return -errno;
+	memcpy(to, &area, length);
+	memset((uint8_t *)to + 464, 0, 48);	/* software's part of the legacy area */
+	return 0;
+}
+
+void ks_wake(struct ks_machine *m)
+{
+	u64 one = 1;
+
+	atomic_store(&m->woken, 1);
+	while (write(m->bell, &one, sizeof(one)) < 0 && errno == EINTR)
+		;
+}
+
+u64 ks_host_event(struct ks_machine *m, int i)
+{
+	return i < m->nhost ? (u64)m->host[i].events << 32 | (u32)m->host[i].data.fd : 0;
+}

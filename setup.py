@@ -1,0 +1,86 @@
+"""Builds the guest stub (gcc, ld, objcopy), then the cffi extensions that carry it.
+
+kvmsentry/vcpu/layout.py is the one truth about layouts: its integers become guest_stub/out/constants.h.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import runpy
+import subprocess
+
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+STUB = os.path.join(ROOT, "guest_stub")
+OUT = os.path.join(STUB, "out")
+
+
+def write_if_changed(path: str, text: str) -> None:
+    """Keeps timestamps of unchanged generated files, so that nothing is rebuilt for them."""
+    try:
+        with open(path) as file:
+            if file.read() == text:
+                return
+    except FileNotFoundError:
+        pass
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def write_constants() -> None:
+    """guest_stub/out/constants.h: `#define KS_NAME value` for every upper-case integer of layout.py."""
+    layout = runpy.run_path(os.path.join(ROOT, "kvmsentry", "vcpu", "layout.py"))
+    lines = ["/* Made from kvmsentry/vcpu/layout.py by setup.py. */"]
+    for name, value in layout.items():
+        if name.isupper() and isinstance(value, int):
+            lines.append(f"#define KS_{name} {value:#x}")
+    write_if_changed(os.path.join(OUT, "constants.h"), "\n".join(lines) + "\n")
+
+
+def build_stub() -> None:
+    """Links guest_stub/entry.S to a flat image; leaves it and its symbols in guest_stub/out/stub_blob.h."""
+    os.makedirs(OUT, exist_ok=True)
+    write_constants()
+
+    def path(name: str) -> str:
+        return os.path.join(OUT, name)
+
+    compiler = os.environ.get("CC", "gcc").split()
+    subprocess.run(
+        [*compiler, "-ffreestanding", "-c", f"-I{STUB}", f"-I{OUT}", "-o", path("entry.o"), os.path.join(STUB, "entry.S")],
+        check=True,
+    )
+    subprocess.run(
+        ["ld", "-nostdlib", "-z", "noexecstack", "--build-id=none", "-e", "n_start", "-T", os.path.join(STUB, "stub.ld"),
+         "-o", path("stub.elf"), path("entry.o")],
+        check=True,
+    )
+    subprocess.run(["objcopy", "-O", "binary", path("stub.elf"), path("stub.bin")], check=True)
+    symbols = subprocess.run(["nm", path("stub.elf")], check=True, capture_output=True, text=True).stdout
+    with open(path("stub.bin"), "rb") as file:
+        blob = file.read()
+    lines = ["/* Made from guest_stub/ by setup.py: the image at KS_GPA_ENTRY and its addresses. */"]
+    for line in symbols.splitlines():
+        value, kind, name = line.split()
+        if kind == "T" and name[1] == "_":
+            lines.append(f"#define STUB_{name} 0x{value}ULL")
+    rows = [",".join(str(byte) for byte in blob[i : i + 32]) for i in range(0, len(blob), 32)]
+    lines.append("static const unsigned char ks_stub_blob[] = {\n" + ",\n".join(rows) + "\n};")
+    write_if_changed(path("stub_blob.h"), "\n".join(lines) + "\n")
+
+
+class BuildExt(build_ext):
+    """The stub first: the extension embeds it."""
+
+    def run(self) -> None:
+        build_stub()
+        super().run()
+
+
+setup(
+    cmdclass={"build_ext": BuildExt},
+    cffi_modules=[f"{path}:ffibuilder" for path in sorted(glob.glob("kvmsentry/*/cffi_build.py"))],
+)
