@@ -38,7 +38,7 @@ FUTEX_WAITERS, FUTEX_OWNER_DIED, FUTEX_TID_MASK = 0x80000000, 0x40000000, 0x3FFF
 POLLIN, POLLHUP, POLLRDNORM = 1, 16, 64
 
 
-# -- dying --------------------------------------------------------------------------------------------------------------------
+# -- dying --
 def exit_group(process: Process, status: int) -> None:
     """Make every thread of `process` die with `status` (a wait status); the caller's own does so in exit_to_user."""
     if process.zombie or process.exiting:
@@ -67,7 +67,7 @@ def do_exit(task: Task, status: int) -> None:
     files = task.files
     files.users -= 1
     if not files.users:
-        _close_all(task)
+        files.close_all()
     task.fs.users -= 1
     task.sighand.users -= 1
     del process.threads[task.tid]
@@ -84,10 +84,6 @@ def do_exit(task: Task, status: int) -> None:
         process.exiting = True
         process.exit_code = status
     _group_dead(process, task)
-
-
-def _close_all(task: Task) -> None:
-    task.files.close_all()
 
 
 def release_mm(task: Task) -> None:
@@ -190,6 +186,9 @@ def _group_dead(process: Process, last: Task) -> None:
         if timer is not None:
             timer.delete()
     signals.flush(process.pending, (1 << 64) - 1)
+    if process.exe_inode is not None:
+        process.exe_inode.writers += 1
+        process.exe_inode = None
     process.zombie = True
     _leave_session(process)
     _reparent_children(process)
@@ -314,7 +313,7 @@ def leave_group(process: Process) -> None:
             process.kernel.sessions.pop(session.sid, None)
 
 
-# -- waiting --------------------------------------------------------------------------------------------------------------------
+# -- waiting --
 class Found:
     """What a wait found: of whom, si_code, si_status, the wait status, and the child's own and its children's times."""
 

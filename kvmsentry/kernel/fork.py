@@ -261,7 +261,7 @@ def _store(mm: Any, address: int, tid: int) -> None:
 def _install_pidfd(task: Task, address: int) -> int:
     from kvmsentry.kernel.pidfd import PidFile
 
-    file = PidFile(task.kernel, None, 0)
+    file = PidFile(None)
     fd = task.files.install(file, task.rlimit(RLIMIT_NOFILE), cloexec=True)
     try:
         task.mm.write_u32(address, fd)
@@ -343,8 +343,7 @@ def create_process(
         kernel.init = process
         process.unkillable = True
     if tty is not None:
-        session.tty = tty
-        tty.session_began(session, group)
+        tty.control(process)
     if start:
         start_process(task)
     return task

@@ -70,7 +70,7 @@ NR_RESTART_SYSCALL = 219
 CONTINUED = 0xFFFF  # wait status of WIFCONTINUED
 
 
-# -- the state of a task ------------------------------------------------------------------------------------------------------
+# -- the state of a task --
 def recompute(task: Task) -> None:
     """Bring `task.work` up to date; call after any change of masks, pending signals, stops or exits of `task`."""
     process = task.process
@@ -142,7 +142,7 @@ def kill_task(task: Task) -> None:
         task.sleep.kill()
 
 
-# -- sending --------------------------------------------------------------------------------------------------------------------
+# -- sending --
 def is_ignored(process: Process, task: Task, signo: int) -> bool:
     """Would `signo` be thrown away (sig_ignored in kernel/signal.c)? Blocked ones never are: the disposition may change."""
     if task.blocked >> (signo - 1) & 1:
@@ -270,7 +270,7 @@ def _kill_group(process: Process) -> None:
     exit_.exit_group(process, SIGKILL)
 
 
-# -- taking ---------------------------------------------------------------------------------------------------------------------
+# -- taking --
 def dequeue(task: Task, mask: int) -> SigInfo | None:
     """Take the next pending signal in `mask`, the thread's own first (dequeue_signal in kernel/signal.c)."""
     for pending in (task.pending, task.process.pending):
@@ -379,7 +379,7 @@ def host_error(task: Task, host_errno: int) -> None:
     exit_.exit_group(task.process, SIGKILL)
 
 
-# -- stops ------------------------------------------------------------------------------------------------------------------------
+# -- stops --
 def notify_parent(process: Process, why: int, status: int) -> None:
     """SIGCHLD for a stop or a continue (do_notify_parent_cldstop), and wake who waits."""
     parent = process.parent
@@ -437,7 +437,7 @@ def thread_left(process: Process) -> None:
         _stop_complete(process)
 
 
-# -- on the way to application code -----------------------------------------------------------------------------------------------
+# -- on the way to application code --
 async def exit_to_user(task: Task, result: int | None) -> Any:
     """Do what `task.work` stands for. `result`: what RAX is to become, None when the registers are as they shall be. Returns
     an int (reply), RELOAD or GONE; `task.work` is False then unless it is GONE."""
