@@ -150,7 +150,7 @@ class PageTables:
         self._kernel: list[int] = []
         self.cr3 = self.pool.alloc(None)
         try:
-            for index, entry in platform.kernel_pml4_entries():
+            for index, entry in dict(platform.kernel_pml4_entries()).items():
                 self._words[(self.cr3 >> 3) + index] = entry
                 self._kernel.append(index)
         except BaseException:

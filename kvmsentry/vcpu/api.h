@@ -42,6 +42,8 @@ int ks_touch(struct ks_machine *m, uint64_t cr3, uint64_t *tables, int n);
 int ks_flush_tlbs(struct ks_machine *m);
 
 uint32_t ks_id(struct ks_vcpu *v);
+/* Processor time of the vCPU's thread, ns; 0 when the host does not tell. */
+uint64_t ks_cpu_ns(struct ks_vcpu *v);
 void *ks_regs(struct ks_vcpu *v);
 void *ks_call(struct ks_vcpu *v);
 uint64_t ks_fault_address(struct ks_vcpu *v);

@@ -46,7 +46,7 @@ class Window:
 class Context:
     """One guest thread's processor. Attributes of an event hold until the context is answered."""
 
-    __slots__ = ("_args", "_machine", "_nr", "_slot", "_v", "args", "error_code", "event", "fault_address", "id", "mmu",
+    __slots__ = ("_args", "_cpu_before", "_machine", "_nr", "_slot", "_v", "args", "error_code", "event", "fault_address", "id", "mmu",
                  "next_mmu", "nr", "owner", "regs", "vector")
 
     regs: memoryview
@@ -66,6 +66,7 @@ class Context:
         self.mmu: Any = None
         self.next_mmu: Any = None
         self.owner: Any = None
+        self._cpu_before: int = lib.ks_cpu_ns(v)  # used by earlier contexts
         self.event = EV_SYSCALL
         self.nr = 0
         self.args = ()
@@ -110,6 +111,11 @@ class Context:
         """exec: the next reload() starts in this address space, with the processor state initial."""
         self.next_mmu = mmu
         lib.ks_xinit(self._v)
+
+    def cpu_ns(self) -> int:
+        """ns of processor time that the vCPU's thread has used for this context."""
+        used: int = lib.ks_cpu_ns(self._v) - self._cpu_before
+        return used
 
     def release(self) -> None:
         """The thread ended: its vCPU has left the guest when this returns, and serves the next context."""

@@ -422,6 +422,16 @@ uint64_t ks_vcpu_counter(struct ks_vcpu *v, int which)
 }
 
 uint32_t ks_id(struct ks_vcpu *v) { return v->id; }
+
+uint64_t ks_cpu_ns(struct ks_vcpu *v)
+{
+	struct timespec t;
+	clockid_t clock;
+
+	if (pthread_getcpuclockid(v->thread, &clock) || clock_gettime(clock, &t))
+		return 0;
+	return t.tv_sec * 1000000000ull + t.tv_nsec;
+}
 void *ks_regs(struct ks_vcpu *v) { return v->regs; }
 void *ks_call(struct ks_vcpu *v) { return v->call; }
 uint64_t ks_fault_address(struct ks_vcpu *v) { return v->fault_address; }
