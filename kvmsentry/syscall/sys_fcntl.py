@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvmsentry.errors import Errno
 from kvmsentry.fs import locks
 from kvmsentry.fs.inotify import modified
+from kvmsentry.fs.memfd import F_SEAL_EXEC, is_memfd, mapped_writable
 from kvmsentry.fs.pipe import PipeFile
 from kvmsentry.fs.tmpfs import F_SEAL_FUTURE_WRITE, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_WRITE, TmpInode
 from kvmsentry.fs.vfs import FASYNC, O_APPEND, O_DIRECT, O_NOATIME, O_NONBLOCK, O_PATH, TASK_IO, WATCHES, File
@@ -147,7 +148,7 @@ def fcntl(task: Task, fd: Fd, command: UInt, arg: ULong) -> Any:
             raise Errno(errno.EBADF)
         return file.pipe.resize(arg & 0xFFFFFFFF) if command == F_SETPIPE_SZ else file.pipe.capacity
     if command in (F_ADD_SEALS, F_GET_SEALS):
-        return seals(file, command, arg & 0xFFFFFFFF)
+        return seals(task, file, command, arg & 0xFFFFFFFF)
     if F_SETOWN <= command <= F_GETSIG or F_SETOWN_EX <= command <= F_GETOWNER_UIDS:
         return ownership(task, file, fd, command, arg)
     if command == F_DUPFD_QUERY:
@@ -269,21 +270,25 @@ def record_lock(task: Task, file: File, command: int, arg: int) -> Any:
     return locks.set_record(task, file, owner, kind, start, end, command == F_SETLKW)
 
 
-def seals(file: File, command: int, wanted: int) -> int:
+def seals(task: Task, file: File, command: int, wanted: int) -> int:
     """F_GET_SEALS and F_ADD_SEALS: memfds only (EINVAL); EPERM once F_SEAL_SEAL is set or without write access; EBUSY
     for F_SEAL_WRITE while the file is mapped shared and writable."""
     inode = file.inode
-    if not isinstance(inode, TmpInode) or inode.store is None:
+    if type(inode) is not TmpInode or inode.store is None:
         raise Errno(errno.EINVAL)
+    if not is_memfd(task.kernel, inode):  # any other file of a tmpfs is sealed against seals
+        if command == F_GET_SEALS:
+            return F_SEAL_SEAL
+        raise Errno(errno.EPERM)
     if command == F_GET_SEALS:
         return inode.seals
     if not file.writable:
         raise Errno(errno.EPERM)
-    if wanted & ~(F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_FUTURE_WRITE | 32):
+    if wanted & ~(F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_FUTURE_WRITE | F_SEAL_EXEC):
         raise Errno(errno.EINVAL)
     if inode.seals & F_SEAL_SEAL:
         raise Errno(errno.EPERM)
-    if wanted & F_SEAL_WRITE and not inode.seals & F_SEAL_WRITE and inode.store.mapped:
+    if wanted & F_SEAL_WRITE and not inode.seals & F_SEAL_WRITE and mapped_writable(task.kernel, inode):
         raise Errno(errno.EBUSY)
     inode.seals |= wanted
     return 0
