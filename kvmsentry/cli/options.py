@@ -1,4 +1,4 @@
-"""What the words of the command line mean, without click: sizes, volumes, ports, environment; UserError for nonsense."""
+"""The words of the command line, without click: sizes, volumes, ports, environment; UserError for nonsense."""
 
 from __future__ import annotations
 

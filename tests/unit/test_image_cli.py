@@ -78,8 +78,9 @@ def test_options_override_the_image(
     env_file.write_text("# comment\n\nB=from file\nC=c\nPASSED\n")
     words = [
         "run", "-i", "-e", "B=2", "-e", "ABSENT", "-e", "EMPTY=", "--env-file", str(env_file), "-w", "/x", "-u", "5:6",
-        "-v", f"{tmp_path}:/data:ro", "--entrypoint", "sh -c", "--hostname", "box", "--memory", "1.5g".replace("1.5g", "2g"),
-        "--read-only", "--platform", "kvm", "--network", "host", "-p", "8080:80", image(Entrypoint=["/init"], Cmd=["a"]),
+        "-v", f"{tmp_path}:/data:ro", "--entrypoint", "sh -c", "--hostname", "box", "--memory", "2g",
+        "--read-only", "--platform", "kvm", "--network", "host", "-p", "8080:80",
+        image(Entrypoint=["/init"], Cmd=["a"]),
         "echo", "-e", "--help",
     ]  # fmt: skip
     assert call(words) == 42
@@ -132,8 +133,9 @@ def test_debug_log_takes_the_strace(started: list[SandboxSpec], tmp_path: Path) 
         ["run", "-e", "=x", "IMAGE"], ["run", "--env-file", "/nowhere", "IMAGE"], ["run", "-u", "ghost", "IMAGE"],
         ["run", "-w", "relative", "IMAGE"], ["run", "--network", "bridge", "IMAGE"], ["run", "-p", "80:80", "IMAGE"],
         ["run", "--network", "host", "-p", "0:80", "IMAGE"], ["run", "--platform", "xen", "IMAGE"],
-        ["run", "--hostname", "a b", "IMAGE"], ["run", "--entrypoint", "'", "IMAGE"], ["run", "--image-ref", "x", "IMAGE"],
-        ["run", "-i", "-t", "IMAGE"], ["run", "--debug-log", "/nowhere/log", "IMAGE"], ["run", "--entrypoint", "", "IMAGE"],
+        ["run", "--hostname", "a b", "IMAGE"], ["run", "--entrypoint", "'", "IMAGE"],
+        ["run", "--image-ref", "x", "IMAGE"], ["run", "-i", "-t", "IMAGE"],
+        ["run", "--debug-log", "/nowhere/log", "IMAGE"], ["run", "--entrypoint", "", "IMAGE"],
         ["do"], ["images", "rm", "ghost"], ["images", "nonsense"], ["help", "nonsense"],
     ],
     ids=lambda words: " ".join(words),
@@ -208,6 +210,19 @@ def _target(fd: str) -> str:
         return os.readlink(f"/proc/self/fd/{fd}")
     except FileNotFoundError:
         return ""
+
+
+def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from kvmsentry.cli import doctor
+
+    monkeypatch.setattr(doctor, "DEVICE", "/dev/no-such-kvm")
+    assert call(["doctor"]) == 1
+    assert "NOT usable: /dev/no-such-kvm is missing (" in capsys.readouterr().out
+    monkeypatch.setattr(doctor, "device_fault", lambda: "")
+    monkeypatch.setattr(doctor, "measured_traits", lambda: {"paging": "shadow", "fsgsbase": True, "new_one": 7})
+    assert call(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "FSGSBASE                  yes" in out and "could be better" in out and "new one" in out
 
 
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["do", "--help"], ["images", "-h"], ["doctor", "-h"],

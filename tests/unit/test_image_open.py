@@ -124,6 +124,20 @@ def test_old_docker_save_links_layers(tmp_path: Path) -> None:
     assert files(image) == ["etc", "etc/name", "gone", "top"] and image.tags == []
 
 
+def test_newer_docker_writes_both_layouts(tmp_path: Path) -> None:
+    """Docker 25 and later: an OCI layout with a manifest.json that points into its blobs."""
+    oci = OciLayout()
+    oci.add(oci.manifest(LAYERS), tag="latest")
+    blobs = [f"blobs/sha256/{sha(data)}" for data in (config(LAYERS), *LAYERS)]
+    manifest = [{"Config": blobs[0], "RepoTags": ["test:latest"], "Layers": blobs[1:]}]
+    oci.members["manifest.json"] = json.dumps(manifest).encode()
+    image = close(open_image(str(oci.write(tmp_path / "a"))))
+    assert (image.id, image.tags, len(files(image))) == (sha(config(LAYERS)), ["test:latest"], 3)
+    remove_image(image.id)
+    oci.members[blobs[1]] = packed(LAYERS[0], "gzip")
+    assert "layer 1: wrong digest" in refused(oci.write(tmp_path / "b"))
+
+
 def test_second_open_reads_nothing_and_a_change_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = docker_archive(tmp_path / "image.tar", LAYERS)
     first = close(open_image(str(path)))

@@ -331,7 +331,8 @@ def test_ordinary_user_keeps_owners_aside(tmp_path: Path) -> None:
     capability = {"SCHILY.xattr.security.capability": CAPABILITY.decode("latin-1")}
     data = layer(
         folder("d", mode=0o500, uid=3), item("d/shadow", b"s", mode=0, uid=5, gid=42), item("su", b"", mode=0o4755),
-        item("plain", b"x"), hardlink("again", "d/shadow"), symlink("l", "plain", uid=9), item("cap", b"", pax_headers=capability),
+        item("plain", b"x"), hardlink("again", "d/shadow"), symlink("l", "plain", uid=9),
+        item("cap", b"", pax_headers=capability),
     )  # fmt: skip
     child = os.fork()
     if child == 0:
