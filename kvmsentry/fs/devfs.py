@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import stat as st
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -209,6 +208,7 @@ class Devices:
         self.pts = DevptsSuper(kernel)
         self.console: Tty | None = None
         self.log = KernelLog(kernel)
+        self.mounted: list[DevSuper] = []  # to show the console in
 
     def attach_console(self, tty: Tty) -> None:
         """`tty` (the host's terminal) becomes /dev/console and shows as the lowest free /dev/pts/N."""
@@ -216,6 +216,8 @@ class Devices:
         index = self.pts.free_index()
         tty.rdev = makedev(SLAVE_MAJOR + (index >> 8), index & 0xFF)
         self.pts.add(index, tty)
+        for sb in self.mounted:
+            sb.add_console()
 
 
 def devices(kernel: Kernel) -> Devices:
@@ -296,12 +298,19 @@ class DevSuper(TmpSuper):
         root, creds = self.root, Credentials()
         for name, permissions, rdev in _NODES:
             root.mknod(name, st.S_IFCHR | permissions, rdev, creds)
-        if devices(kernel).console is not None:
-            root.mknod(b"console", st.S_IFCHR | 0o620, CONSOLE, creds).gid = 5  # group tty
         for name, permissions in _DIRECTORIES:
             root.mkdir(name, st.S_IFDIR | permissions, creds)
         for name, target in _LINKS:
-            if name != b"core":
-                root.symlink(name, target, creds)
+            root.symlink(name, target, creds)
         self.options = f"size={size >> 10}k,mode={mode:o}"
-        root.mtime = root.ctime = time.time_ns()
+        known = devices(kernel)
+        known.mounted.append(self)
+        if known.console is not None:
+            self.add_console()
+
+    def add_console(self) -> None:
+        """There is a console: show its node."""
+        try:
+            self.root.lookup(b"console")
+        except Errno:
+            self.root.mknod(b"console", st.S_IFCHR | 0o620, CONSOLE, Credentials(0, 5))  # group tty

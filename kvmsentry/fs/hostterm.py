@@ -4,21 +4,25 @@
     screen <--out_fd-- outgoing <-- output processing <-- TtyFile.write
 
 The host's terminal is in raw mode: echo, ^C and line editing are ours. The launcher sets and restores that. Both descriptors
-are set to non-blocking: the Sentry's one thread never waits for a slow screen. What does not fit waits in `outgoing` until the host says that there is room, and writers are held back meanwhile.
+are set to non-blocking: the Sentry's one thread never waits for a slow screen. What does not fit waits in `outgoing` until
+the host says that there is room, and writers are held back meanwhile.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import select
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from kvmsentry import log
-from kvmsentry.errors import HostError
+from kvmsentry.errors import Errno, HostError
 from kvmsentry.fs.devfs import devices
 from kvmsentry.fs.devpts import SLAVE_MAJOR
-from kvmsentry.fs.tty import Tty
-from kvmsentry.fs.vfs import makedev
+from kvmsentry.fs.tty import Tty, TtyFile
+from kvmsentry.fs.vfs import O_RDWR, FsContext, Path, makedev, walk
+from kvmsentry.kernel.task import Credentials
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.kernel import Kernel
@@ -51,7 +55,13 @@ class HostTerminal(Tty):
     # -- keyboard ----------------------------------------------------------------------------------------------------
     def _watch_input(self) -> None:
         if self.in_fd >= 0 and not self._watching_in and not self.gone:
-            self.kernel.platform.watch(self.in_fd, select.EPOLLIN, self._typed)
+            try:
+                self.kernel.platform.watch(self.in_fd, select.EPOLLIN, self._typed)
+            except (OSError, HostError) as error:
+                if error.errno != errno.EPERM:
+                    raise
+                self.in_fd = -1  # no keyboard: a file, or /dev/null, which epoll(7) does not take
+                return
             self._watching_in = True
 
     def _unwatch_input(self) -> None:
@@ -176,3 +186,22 @@ class HostTerminal(Tty):
             del self.outgoing[:n]
         self._unwatch_output()
         self._unwatch_input()
+
+
+def open_terminal(kernel: Kernel, in_fd: int, out_fd: int, uid: int, root: Path) -> tuple[HostTerminal, TtyFile]:
+    """The terminal of `run -t` and an open file of it for standard input, output and error, known by its place under
+    /dev/pts as seen from `root` (ttyname(3)). `uid` owns the node."""
+    terminal = HostTerminal(kernel, in_fd, out_fd)
+    pts = devices(kernel).pts
+    index = terminal.rdev & 0xFF
+    node = pts.nodes[index]
+    node.uid = uid
+    path: Path | None = None
+    nobody: Any = SimpleNamespace(kernel=kernel, fs=FsContext(root, root), creds=Credentials())
+    try:
+        place = walk(nobody, b"/dev/pts/%d" % index)
+    except Errno:
+        log.log("the terminal has no name: devpts is not mounted at /dev/pts")
+    else:
+        path = place if place.inode is node else None
+    return terminal, TtyFile(node, path, O_RDWR, terminal)

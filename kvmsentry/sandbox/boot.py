@@ -129,7 +129,11 @@ class Sandbox:
             raise cannot_run(spec.argv[0], error.errno) from None
         self.platform.watch(self.control.fileno(), 1, self._on_control)
         signal.signal(signal.SIGUSR1, lambda *_: self.kernel.dump_to_stderr())
-        return kernel.run()
+        try:
+            return kernel.run()
+        finally:
+            if self.terminal is not None:
+                self.terminal.close()  # what the screen has not taken yet
 
     # -- standard input, output, error -------------------------------------------------------------
     def _standard_files(self, lookup: Lookup, creds: Any) -> Any:
