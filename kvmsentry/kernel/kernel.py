@@ -237,8 +237,9 @@ class Kernel:
         task.orig_rax = -1
         event = ctx.event
         if event == EV_FAULT:
-            signo, code = task.mm.handle_fault(ctx.fault_address, ctx.error_code)
-            if signo:
+            refused = task.mm.handle_fault(ctx.fault_address, ctx.error_code)
+            if refused:
+                signo, code = refused
                 signals.fault(task, signo, code, ctx.fault_address, 14, ctx.error_code)
         elif event == EV_EXCEPTION:
             signals.exception(task, ctx.vector, ctx.error_code)

@@ -12,7 +12,7 @@ from kvmsentry.kernel.task import Task
 from kvmsentry.syscall.table import Int, Size, UInt, ULong, UserPtr, syscall
 
 UTSNAME = struct.Struct("65s65s65s65s65s65s")  # struct new_utsname
-SYSINFO = struct.Struct("<q3QQQQQQHHxxxxQQI4x")  # struct sysinfo, 112 bytes
+SYSINFO = struct.Struct("<q3Q6QHH4xQQI4x")  # struct sysinfo, 112 bytes
 CAP_SYS_ADMIN, CAP_SYSLOG, CAP_SYS_BOOT = 21, 34, 22
 GRND_NONBLOCK, GRND_RANDOM, GRND_INSECURE = 1, 2, 4  # uapi/linux/random.h
 
