@@ -5,18 +5,17 @@ Nothing here follows a symlink or hands the host more than one name at a time (s
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 import struct
 import sys
 from collections.abc import Iterator
-from errno import EBADF, EBUSY, EINVAL, EIO, ENOENT, ENOTDIR, EPERM, EROFS, EXDEV
+from errno import EBADF, EBUSY, EINVAL, EIO, ENOENT, ENOTDIR, EPERM, EROFS, ESTALE, EXDEV
 from typing import Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.gofer import hostcalls, p9
-from kvmsentry.gofer.nodes import Node, check_name
+from kvmsentry.gofer.nodes import Node, check_name, chmod
 from kvmsentry.gofer.session import Open, Session, status_fields
 
 _RENAME_FLAGS = 0x3  # RENAME_NOREPLACE | RENAME_EXCHANGE (uapi/linux/fs.h)
@@ -231,8 +230,6 @@ class NameMessages(Session):
         kind = stat.S_IFMT(mode)
         if kind == stat.S_IFDIR:
             os.mkdir(name, mode & 0o7777, dir_fd=directory)
-            if mode & 0o7000:
-                self._chmod_new(name, directory, mode)
         elif kind == stat.S_IFLNK:
             if not target or b"\0" in target:
                 raise Errno(ENOENT if not target else EINVAL)
@@ -243,27 +240,22 @@ class NameMessages(Session):
             raise Errno(EPERM if kind in (stat.S_IFCHR, stat.S_IFBLK) else EINVAL)
         node, status = self._child(parent, name)
         try:
-            if self.owns and (uid != p9.NOID or gid != p9.NOID):
-                fd, mine = self.nodes.path_fd(node)
-                try:
-                    self._give_to(fd, mode if kind != stat.S_IFLNK else 0, uid, gid)
-                    status = os.fstat(fd)
-                finally:
-                    if mine:
-                        os.close(fd)
+            if node.kind != (kind or stat.S_IFREG):
+                raise Errno(ESTALE)  # somebody else on the host was faster
+            fd, mine = self.nodes.path_fd(node)
+            try:
+                self._give_to(fd, uid, gid)
+                if mode & 0o7000 and kind != stat.S_IFLNK:  # mkdir(2) and chown(2) drop set-id bits
+                    chmod(self.nodes, fd, node, mode & 0o7777 | status.st_mode & stat.S_ISGID)
+                status = os.fstat(fd)
+            finally:
+                if mine:
+                    os.close(fd)
         except BaseException:
             self.nodes.drop_unused(node)
             (os.rmdir if kind == stat.S_IFDIR else os.unlink)(name, dir_fd=directory)
             raise
         return node, status
-
-    def _chmod_new(self, name: bytes, directory: int, mode: int) -> None:
-        """mkdir(2) drops set-id bits."""
-        fd = self.nodes.open_at(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, directory)
-        try:
-            os.fchmod(fd, mode & 0o7777 | os.fstat(fd).st_mode & stat.S_ISGID)
-        finally:
-            os.close(fd)
 
     def _made(self, dfid: int, name: bytes, mode: int, gid: int, target: bytes = b"") -> tuple[int, int, int]:
         node, status = self._make(dfid, name, mode, p9.NOID, gid, target)
@@ -388,15 +380,12 @@ class NameMessages(Session):
         if node is not None:
             nodes.forget(node)
 
-    def _give_to(self, fd: int, mode: int, uid: int, gid: int) -> None:
-        """Owner of what was just created; where we may not give files away, it stays ours."""
-        if self.owns and (uid != p9.NOID or gid != p9.NOID):
-            hostcalls.fchown_path(fd, uid, gid)
-            if mode & 0o6000:  # chown(2) clears these
-                if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
-                    hostcalls.fchmod_path(fd, mode & 0o7777)
-                else:
-                    os.fchmod(fd, mode & 0o7777)
+    def _give_to(self, fd: int, uid: int, gid: int) -> bool:
+        """Owner of what was just created; clears set-id bits. False: we may not give files away, it stays ours."""
+        if not self.owns or (uid == p9.NOID and gid == p9.NOID):
+            return False
+        hostcalls.fchown_path(fd, uid, gid)
+        return True
 
     def t_remove(self, tag: int, fid: int) -> None:
         node = self._node(fid)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import stat
-from errno import EACCES, ELOOP, EMFILE, ENFILE, ENOTDIR, ENXIO, EROFS, ESTALE
+from errno import EACCES, ELOOP, EMFILE, ENFILE, ENOSYS, ENOTDIR, ENXIO, EOPNOTSUPP, EROFS, ESTALE
 
 from kvmsentry.errors import Errno
 from kvmsentry.gofer import hostcalls, p9
@@ -326,9 +326,23 @@ class Nodes:
         return node.name
 
 
-def chmod(fd: int, node: Node, mode: int) -> None:
-    """chmod of an O_PATH descriptor; ENOSYS before Linux 6.6, unless it is a pinned regular file."""
+def chmod(nodes: Nodes, fd: int, node: Node, mode: int) -> None:
+    """chmod of a node through its O_PATH (or pinned) descriptor `fd`.
+
+    Before Linux 6.6, files and directories are opened for it (EACCES when we may not read them), others are EOPNOTSUPP.
+    """
     if node.real >= 0:
         os.fchmod(fd, mode)
-    else:
+        return
+    try:
         hostcalls.fchmod_path(fd, mode)
+    except OSError as problem:
+        if problem.errno != ENOSYS:
+            raise
+        if node.kind not in (stat.S_IFREG, stat.S_IFDIR):
+            raise Errno(EOPNOTSUPP) from None
+        opened = nodes.open(node, os.O_RDONLY)
+        try:
+            os.fchmod(opened, mode)
+        finally:
+            os.close(opened)

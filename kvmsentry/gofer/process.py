@@ -102,7 +102,7 @@ def start(trees: list[TreeSpec], namespaces: bool | None = None) -> Gofer:
         number, _, operation = report.partition(" ")
         raise HostError(
             f"gofer: {operation or 'it ended before it was ready'}", int(number or 0),
-            "run as root, allow user namespaces, or start without namespaces" if namespaces else "",
+            "run as root, allow user namespaces, or start without namespaces" if namespaces is not False else "",
         )  # fmt: skip
     return Gofer(pid, ours, tuple(report.split()[1:]))
 
@@ -207,6 +207,8 @@ def _enter_namespaces(required: bool) -> list[str]:
     except OSError as problem:
         if uid == 0 and problem.errno != errno.EPERM:
             raise _Refused("unshare(CLONE_NEWNS|...)", problem.errno or 0) from None
+        if not required and host.effective_capabilities() & 1 << host.CAP_CHOWN:
+            return []  # in a user namespace we would lose sight of all owners but one, which is worse
         try:
             host.unshare(_NAMESPACES | host.CLONE_NEWUSER)
         except OSError as again:

@@ -81,7 +81,7 @@ class Server(NameMessages):
                 if opened is not None and opened.fd == fd:
                     os.fchmod(fd, mode & 0o7777)
                 else:
-                    chmod(fd, node, mode & 0o7777)
+                    chmod(self.nodes, fd, node, mode & 0o7777)
             if valid & (p9.SETATTR_ATIME | p9.SETATTR_MTIME):
                 times = []
                 for bit, bit_set, sec, nsec in (
@@ -195,7 +195,8 @@ class Server(NameMessages):
                 self.nodes.drop_unused(node)
                 raise
         try:
-            self._give_to(fd, mode, uid, gid)
+            if self._give_to(fd, uid, gid) and mode & 0o6000:
+                os.fchmod(fd, mode & 0o7777)
             return self.nodes.child(parent, name, os.fstat(fd)), fd
         except BaseException:
             os.close(fd)
