@@ -42,14 +42,18 @@ def window_size(fd: int) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def raw_terminal(fd: int) -> Iterator[None]:
-    """The user's terminal in raw mode, and as it was afterwards."""
-    before = termios.tcgetattr(fd)
+def lent_terminal() -> Iterator[None]:
+    """The user's terminal in raw mode while the sandbox has it, and as it was afterwards: its modes, and the
+    O_NONBLOCK that the Sentry sets on descriptors which the user's shell shares."""
+    before = termios.tcgetattr(0)
+    flags = {fd: fcntl.fcntl(fd, fcntl.F_GETFL) for fd in (0, 1)}
     try:
-        tty.setraw(fd, termios.TCSADRAIN)
+        tty.setraw(0, termios.TCSADRAIN)
         yield
     finally:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+        for fd, value in flags.items():
+            fcntl.fcntl(fd, fcntl.F_SETFL, value)
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 
 def _send(control: socket.socket, message: bytes) -> None:
@@ -72,7 +76,7 @@ def supervise(spec: SandboxSpec, sentry_pid: int, gofer_pid: int, control: socke
     terminal: Any = contextlib.nullcontext()
     if spec.tty and spec.interactive and os.isatty(0):
         before[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, resized)
-        terminal = raw_terminal(0)
+        terminal = lent_terminal()
     try:
         with terminal:
             status, complaint = _wait(sentry_pid, control)
