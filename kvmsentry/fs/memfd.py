@@ -29,7 +29,7 @@ def new_memfd(task: Task, name: bytes, sealing: bool, executable: bool) -> MemFi
     """An empty memory file; without `sealing` it is sealed against seals. Not `executable`: mode 0666 and sealed so."""
     inode = memory_file(task.kernel, b"/memfd:" + name, 0o777 if executable else 0o666, task.creds)
     inode.seals = (0 if sealing else F_SEAL_SEAL) | (0 if executable else F_SEAL_EXEC)
-    return MemFile(inode, None, O_RDWR | O_LARGEFILE)  # type: ignore[arg-type]
+    return MemFile(inode, None, O_RDWR | O_LARGEFILE)
 
 
 def is_memfd(kernel: Kernel, inode: object) -> bool:

@@ -70,7 +70,7 @@ class TimerFile(AnonFile):
             self.expired = False
             self._arm()
 
-    def get(self) -> tuple[int, int]:
+    def times(self) -> tuple[int, int]:
         """(interval, time left), ns; 0 left when disarmed."""
         self._catch_up()
         self._forward()
@@ -79,8 +79,8 @@ class TimerFile(AnonFile):
         return self.interval, max(1, self.deadline - self.kernel.now())
 
     def set(self, interval: int, value: int, absolute: bool, flags: int = 0) -> tuple[int, int]:
-        """Arm it (value 0: disarm), return what `get` gave before; all in ns."""
-        old = self.get()
+        """Arm it (value 0: disarm), return what `times` gave before; all in ns."""
+        old = self.times()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -140,7 +140,7 @@ class TimerFile(AnonFile):
 
     def fdinfo(self) -> str:
         """As proc(5) shows it."""
-        interval, left = self.get()
+        interval, left = self.times()
         return (
             f"clockid: {self.clock}\nticks: {self.ticks}\nsettime flags: 0{self.settime_flags:o}\n"
             f"it_value: ({left // NS}, {left % NS})\nit_interval: ({interval // NS}, {interval % NS})\n"

@@ -99,7 +99,7 @@ def timerfd_settime(task: Task, fd: Fd, flags: UInt, new: UserPtr, old: UserPtr)
 @syscall(287)
 def timerfd_gettime(task: Task, fd: Fd, where: UserPtr) -> int:
     """timerfd_gettime(2)."""
-    _store(task, where, _timer(task, fd).get())
+    _store(task, where, _timer(task, fd).times())
     return 0
 
 
