@@ -44,7 +44,7 @@ _XATTRS = (b"user.", b"security.capability")  # what the Gofer serves
 class HostFd:
     """A descriptor of a host file; closed when nobody refers to it any more."""
 
-    __slots__ = ("fd", "flags")
+    __slots__ = ("fd", "flags", "__weakref__")
 
     def __init__(self, fd: int, flags: int) -> None:
         self.fd, self.flags = fd, flags
