@@ -1,7 +1,7 @@
 """Image tars to root filesystems: see `store` for what is kept where, `unpack` for what a hostile layer may not do.
 
 `open_image(path)` gives an `Image` with `.rootfs`, `.config`, `.id`, `.tags`. Opening one that was seen before touches
-`store` and `config` only.
+`store` and `config` only. `owners.load_owners` reads what an ordinary user's store has to remember about owners.
 """
 
 from __future__ import annotations

@@ -143,12 +143,10 @@ def remove_tree(
 
 
 def _open_to_empty(parent: int, name: bytes) -> int:
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    if os.geteuid() != 0:
-        probe = os.open(name, _STEP, dir_fd=parent)
-        try:
-            if stat.S_IMODE(os.fstat(probe).st_mode) & 0o700 != 0o700:
-                os.chmod(f"/proc/self/fd/{probe}", 0o700)
-        finally:
-            os.close(probe)
-    return os.open(name, flags, dir_fd=parent)
+    probe = os.open(name, _STEP, dir_fd=parent)
+    try:
+        if os.fstat(probe).st_mode & 0o700 != 0o700:
+            os.chmod(f"/proc/self/fd/{probe}", 0o700)
+    finally:
+        os.close(probe)
+    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 
+from kvmsentry.image import owners
 from kvmsentry.image.archive import Archive, Member
 from kvmsentry.image.faults import ImageFault, Limits
 from kvmsentry.image.layout import Layer
@@ -87,11 +88,11 @@ def _apply(
 
 
 def _describe(unpacker: Unpacker, layers: list[Layer], folder: str) -> None:
-    owners = {os.fsdecode(path): kept for path, kept in unpacker.owners.items()}
+    entries = {os.fsdecode(path): kept for path, kept in unpacker.owners.items()}
     # An ordinary user's files all look like his, so there a map is needed even when it has no entry.
-    wanted = bool(owners) or not unpacker.privileged
+    wanted = bool(entries) or not unpacker.privileged
     if wanted:
-        document = {"version": 1, "privileged": unpacker.privileged, "entries": owners}
+        document = {"version": owners.VERSION, "privileged": unpacker.privileged, "entries": entries}
         with open(os.path.join(folder, "owners.json"), "w", encoding="ascii") as file:
             json.dump(document, file, separators=(",", ":"))
     meta = {

@@ -39,9 +39,8 @@ Progress = Callable[[int, int], None]
 class Image:
     """An unpacked image. `rootfs` is the path of its root directory; nothing may write there.
 
-    `owners` is the path of the JSON map of owners and modes that the host's files could not take, "" when they all
-    could: {"version": 1, "entries": {path: {"uid", "gid", "mode", "xattrs"?}}, "privileged": bool}; on unprivileged
-    stores everything that is not listed belongs to 0:0. `devices` lists device nodes, which are never made on the host:
+    `owners` is the path of the map of owners and modes that the host's files could not take (see `owners.load_owners`),
+    "" when they all could. `devices` lists device nodes, which are never made on the host:
     {"path", "type" ("c" or "b"), "major", "minor", "mode", "uid", "gid"}. `hold` is a descriptor with the shared lock
     that keeps the files from being removed; the image is held until it or the process is closed.
     """

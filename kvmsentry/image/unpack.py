@@ -21,6 +21,7 @@ from typing import Any
 from kvmsentry.image import tar
 from kvmsentry.image.beneath import MAX_DEPTH, Escape, open_directory, remove_tree
 from kvmsentry.image.faults import ImageFault, Limits
+from kvmsentry.image.owners import sees_all_ids
 
 WHITEOUT = b".wh."
 OPAQUE = b".wh..wh..opq"
@@ -40,7 +41,7 @@ class Unpacker:
 
     def __init__(self, root: int, limits: Limits) -> None:
         self._root, self._limits = root, limits
-        self.privileged = os.geteuid() == 0
+        self.privileged = sees_all_ids()
         self.entries = self.bytes = 0
         self.devices: dict[bytes, dict[str, Any]] = {}
         self.owners: dict[bytes, dict[str, Any]] = {}

@@ -70,7 +70,8 @@ def layered(home: Path) -> Path:
         layer(
             folder("etc"), item("etc/a", b"1", mode=0o640, uid=5, gid=6), folder("opaque"), item("opaque/old/x", b"2"),
             item("gone", b"3"), folder("dir-gone"), item("dir-gone/x", b"4"), symlink("lib", "usr/lib"),
-            folder("usr/lib"), item("file-to-dir", b"5"), folder("dir-to-file"), item("dir-to-file/x", b"6"), item("linked", b"7"),
+            folder("usr/lib"), item("file-to-dir", b"5"), folder("dir-to-file"), item("dir-to-file/x", b"6"),
+            item("linked", b"7"),
             item("shadow", b"8", mode=0o4711), folder("sticky", mode=0o1777),
         ),
         layer(
@@ -156,3 +157,41 @@ def test_podman_saves_several(home: Path, podman: Podman, layered: Path) -> None
     podman("save", "-m", "-o", home / "both.tar", "localhost/busybox:latest", "localhost/layered:1")
     assert "linked" in opened(home / "both.tar", "layered:1")[1]
     assert "bin/busybox" in opened(home / "both.tar", "busybox")[1]
+
+
+AS_USER = """
+import os, sys
+from kvmsentry.image import list_images, open_image, remove_image, resolve_user
+from kvmsentry.image.owners import load_owners
+image = open_image(sys.argv[1])
+owners = load_owners(image.owners)
+assert owners.everyone and owners.entries[b"home/user"][:3] == (1000, 1000, 0o755), owners
+assert owners.entries[b"tmp"].mode == 0o1777
+assert resolve_user(image.rootfs, "user").uid == 1000
+assert os.stat(image.rootfs).st_uid == os.stat(image.rootfs + "/home/user").st_uid == os.geteuid()
+os.close(image.hold)
+remove_image(image.id)
+assert list_images() == []
+print("fine")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes two kinds of ordinary user")
+@pytest.mark.parametrize(
+    "become", ["setpriv --reuid 65534 --regid 65534 --clear-groups", "unshare --user --map-root-user"]
+)
+def test_ordinary_users(home: Path, become: str) -> None:
+    """Someone without rights, and root of a user namespace that knows one id only."""
+    mkimage("busybox", home / "a.tar")
+    for path in [home, *home.parents][:4]:
+        if path != Path("/tmp"):
+            os.chmod(path, 0o755)
+    store = Path(tempfile.mkdtemp(prefix="ks-"))
+    try:
+        if become.startswith("setpriv"):
+            os.chown(store, 65534, 65534)
+        environment = {**os.environ, "KVMSENTRY_STORE": str(store / "store"), "PYTHONPATH": str(ROOT)}
+        assert run(*become.split(), sys.executable, "-c", AS_USER, home / "a.tar", env=environment) == "fine\n"
+        assert [path for path in store.rglob("*") if path.is_file()] == []
+    finally:
+        shutil.rmtree(store)
