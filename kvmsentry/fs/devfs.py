@@ -131,7 +131,7 @@ class Random(Device):
 
 
 class Kmsg(File):
-    """/dev/kmsg: the boot's story a record at a time, and what applications add to it (Documentation/ABI, (ABI/testing/dev-kmsg)."""
+    """/dev/kmsg: the boot's story a record at a time, and what applications add to it (ABI/testing/dev-kmsg)."""
 
     seekable = True
 
@@ -225,6 +225,11 @@ def devices(kernel: Kernel) -> Devices:
     if kernel.devices is None:
         kernel.devices = Devices(kernel)
     return kernel.devices
+
+
+def pts_super(kernel: Kernel) -> DevptsSuper:
+    """devpts, for mount(2): the one there is."""
+    return devices(kernel).pts
 
 
 def _simple(cls: type[Device]) -> Callable[[Task, Inode, Path | None, int], File]:

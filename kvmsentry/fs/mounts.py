@@ -16,8 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno, UserError
 from kvmsentry.fs.vfs import (
-    FOLLOW, MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_REC, MS_REMOUNT, Dentry, FsContext, Mount, Path,
-    SuperBlock, lookup_child, path_of, walk,
+    FOLLOW,
+    MS_BIND,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_RDONLY,
+    MS_REC,
+    MS_REMOUNT,
+    Dentry,
+    FsContext,
+    Mount,
+    Path,
+    SuperBlock,
+    lookup_child,
+    path_of,
+    walk,
 )  # fmt: skip
 from kvmsentry.kernel.task import Credentials
 
@@ -148,9 +162,10 @@ fstypes: dict[str, Constructor] = {
     "tmpfs": _tmpfs,
     "ramfs": _ramfs,
     "devtmpfs": _lazily("kvmsentry.fs.devfs", "DevSuper", shared=True),
-    "devpts": _lazily("kvmsentry.fs.devpts", "DevptsSuper", shared=True),
-    "proc": _lazily("kvmsentry.fs.proc", "ProcSuper", shared=True),
+    "devpts": _lazily("kvmsentry.fs.devfs", "pts_super"),
+    "proc": _lazily("kvmsentry.fs.procfs", "ProcSuper", shared=True),
     "sysfs": _lazily("kvmsentry.fs.sysfs", "SysSuper", shared=True),
+    "cgroup2": _lazily("kvmsentry.fs.sysfs", "CgroupSuper", shared=True),
 }
 
 
@@ -200,6 +215,7 @@ def build(
     for target, fstype, flags, options in (
         (b"/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, {}),
         (b"/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RDONLY, {}),
+        (b"/sys/fs/cgroup", "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RDONLY, {}),
         (b"/dev", "devtmpfs", MS_NOSUID, {}),
         (b"/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, {}),
         (b"/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, {"mode": "1777"}),
@@ -482,7 +498,11 @@ def mountinfo_text(task: Task) -> bytes:
     for mount, path in _visible(task):
         sb = mount.sb
         top = mount
-        shown = path_of(Path(top, mount.root), Path(top, mount.root)) if mount.root.parent is mount.root else _in_tree(mount.root)
+        shown = (
+            path_of(Path(top, mount.root), Path(top, mount.root))
+            if mount.root.parent is mount.root
+            else _in_tree(mount.root)
+        )
         dev = sb.dev
         sb_options = ("ro" if sb.readonly else "rw") + ("," + sb.options if sb.options else "")
         lines.append(b"%d %d %d:%d %s %s %s - %s %s %s\n" % (
@@ -501,4 +521,13 @@ def _in_tree(dentry: Dentry) -> bytes:
     return b"/" + b"/".join(reversed(names))
 
 
-__all__ = ["FOLLOW", "MS_REMOUNT", "MountNamespace", "build", "copy_namespace", "mountinfo_text", "mounts_text", "register"]
+__all__ = [
+    "FOLLOW",
+    "MS_REMOUNT",
+    "MountNamespace",
+    "build",
+    "copy_namespace",
+    "mountinfo_text",
+    "mounts_text",
+    "register",
+]
