@@ -14,7 +14,7 @@ from typing import Any
 
 from kvmsentry import log
 from kvmsentry.errors import Errno
-from kvmsentry.kernel.task import RLIMIT_SIGPENDING, PendingSignals, Process, ProcessGroup, SigInfo, Task
+from kvmsentry.kernel.task import RLIMIT_CORE, RLIMIT_SIGPENDING, PendingSignals, Process, ProcessGroup, SigInfo, Task
 from kvmsentry.kernel.traps import (
     ERESTART_RESTARTBLOCK,
     ERESTARTNOHAND,
@@ -477,8 +477,9 @@ async def exit_to_user(task: Task, result: int | None) -> Any:
                 if signo == SIGSTOP or not is_orphaned(process.group):
                     begin_stop(process, signo)
                 continue
-            core = 0x80 if CORES >> (signo - 1) & 1 else 0
-            exit_.exit_group(process, signo | core)
+            # The status says "core dumped" where Linux would have dumped; no core file is ever written.
+            dumped = CORES >> (signo - 1) & 1 and process.rlimits[RLIMIT_CORE][0] and process.dumpable == 1
+            exit_.exit_group(process, signo | 0x80 if dumped else signo)
             continue
         if result is not None:
             _answer_handler(task, result, action.flags)
