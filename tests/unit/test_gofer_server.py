@@ -261,6 +261,21 @@ def test_a_name_that_becomes_a_symlink(tree: Path, connect: Connect) -> None:
     assert (tree.parent / "outside" / "secret").read_text() == "secret"
 
 
+def test_a_symlink_to_the_very_same_object(tree: Path, connect: Connect) -> None:
+    """Device and inode match behind the link: only O_NOFOLLOW tells the difference."""
+    root = connect(tree)
+    file, directory = _find(root, b"file"), _find(root, b"dir")
+    for name in ("file", "dir"):
+        os.rename(tree / name, tree / f"{name}2")
+        os.symlink(f"{name}2", tree / name)
+    with Errnos(ESTALE, ELOOP):
+        file.open(os.O_RDONLY)
+    with Errnos(ESTALE, ELOOP, ENOTDIR):
+        directory.lookup(b"deep")
+    with Errnos(ESTALE, ELOOP, ENOTDIR):
+        directory.readdir_attrs()
+
+
 def test_renames_racing_a_walk(tree: Path, connect: Connect) -> None:
     """A host process keeps swapping a directory for a symlink to the outside while names are walked through it."""
     root = connect(tree)
