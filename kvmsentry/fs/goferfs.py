@@ -1,12 +1,12 @@
 """Host trees through the Gofer, as a file system: the container's root (below an overlay) and volumes.
 
-A `private` tree is changed by nobody: attributes and names are believed once they were seen, a directory is read whole (one round
-trip brings names and attributes) as soon as it is listed or looked into a few times, and its children need no fid until they are
-opened. A shared one (a volume) is asked again each time.
+A `private` tree is changed by nobody: attributes and names are believed once they were seen, a directory is read whole
+(one round trip brings names and attributes) as soon as it is listed or looked into a few times, and its children need
+no fid until they are opened. A shared one (a volume) is asked again each time.
 
-Data never passes through 9P: an opened file is a descriptor of the host's file; we read and write it straight into guest memory,
-and map it by giving it to GuestMemory.map_file. Descriptors and mappings are shared by all who use the same inode and kept for
-the next one, in two least-recently-used lists.
+Data never passes through 9P: an opened file is a descriptor of the host's file; we read and write it straight into
+guest memory, and map it by giving it to GuestMemory.map_file. Descriptors and mappings are shared by all who use the
+same inode and kept for the next one, in two least-recently-used lists.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
+from kvmsentry.fs.filemap import FileMap, refused, windows_of
 from kvmsentry.fs.vfs import O_ACCMODE, O_APPEND, File, Inode, Path, SuperBlock
 
 if TYPE_CHECKING:
@@ -30,10 +31,7 @@ if TYPE_CHECKING:
     from kvmsentry.kernel.task import Credentials, Task
 
 V9FS_MAGIC = 0x01021997  # uapi/linux/magic.h
-PAGE, HUGE = 4096, 2 << 20
-CHUNK = 64 << 20  # a larger file is mapped in pieces of this
 IDLE_FDS = 256  # descriptors kept open though no file uses them
-IDLE_WINDOWS = 1024  # mappings kept though no VMA uses them
 LISTING_LIMIT = 50_000  # entries of a directory that are kept in memory
 LOOKUPS_BEFORE_LISTING = 3
 FRESH_NS = 100_000  # attributes this young were fetched by the same system call
@@ -54,8 +52,8 @@ class HostFd:
 
 
 class GoferSuper(SuperBlock):
-    """One attached tree. `private`: nobody else changes it. `owners` (image store's sidecar map) says what the host's files
-    cannot: called with the path from the root, it gives (mode, uid, gid) or None."""
+    """One attached tree. `private`: nobody else changes it. `owners` (image store's sidecar map) says what the host's
+    files cannot: called with the path from the root, it gives (mode, uid, gid) or None."""
 
     fstype = "9p"
     magic = V9FS_MAGIC
@@ -97,12 +95,15 @@ class GoferSuper(SuperBlock):
 class GoferInode(Inode):
     """A file of a tree. `node` is its fid, got when it is first needed; until then (parent, name) lead to it."""
 
-    __slots__ = ("node", "parent", "name", "listing", "lookups", "target", "reader", "writer", "map", "seen", "host_blocks",
+    __slots__ = ("node", "parent", "name", "listing", "lookups", "target", "reader", "writer", "map", "seen",
+    "host_blocks",
                  "xattrs")  # fmt: skip
 
     sb: GoferSuper
 
-    def __init__(self, sb: GoferSuper, attr: Attr, parent: GoferInode | None, name: bytes) -> None:  # no super(): a listing makes many
+    def __init__(
+        self, sb: GoferSuper, attr: Attr, parent: GoferInode | None, name: bytes
+    ) -> None:  # no super(): a listing makes many
         self.sb, self.parent, self.name = sb, parent, name
         self.node: Node | None = None
         self.listing: dict[bytes, Any] | None = None  # name to Attr, or to GoferInode once it was looked up
@@ -139,7 +140,8 @@ class GoferInode(Inode):
         return b"/".join(names)
 
     def fid(self) -> Node:
-        """The node; walked to when there is none yet, from the nearest ancestor that has one. ENOENT when it is gone."""
+        """The node; walked to when there is none yet, from the nearest ancestor that has one. ENOENT when it is
+        gone."""
         node = self.node
         if node is not None:
             return node
@@ -168,7 +170,7 @@ class GoferInode(Inode):
         if node.target:
             self.target = node.target
 
-    # -- attributes ------------------------------------------------------------------------------------------------------
+    # -- attributes --------------------------------------------------------------------------------------------------
     @property
     def blocks(self) -> int:
         """st_blocks."""
@@ -195,7 +197,7 @@ class GoferInode(Inode):
         if shrinks and self.map is not None:
             self.map.shrink(size)
 
-    # -- directories -----------------------------------------------------------------------------------------------------
+    # -- directories -------------------------------------------------------------------------------------------------
     def _child(self, name: bytes, attr: Attr) -> GoferInode:
         if attr.nlink > 1 and not st.S_ISDIR(attr.mode) or not self.sb.private:
             key = attr.dev, attr.ino
@@ -242,7 +244,7 @@ class GoferInode(Inode):
                 raise Errno(errno.ENOENT)
             if found.__class__ is not GoferInode:
                 found = listing[name] = self._child(name, found)
-            return found  # type: ignore[no-any-return]
+            return found
         node = self.fid().lookup(name)
         if node is None:
             raise Errno(errno.ENOENT)
@@ -258,7 +260,9 @@ class GoferInode(Inode):
             listing = self.load()
             if listing is not None:
                 return [
-                    (name, e.ino, e.mode >> 12 & 15) if e.__class__ is GoferInode else (name, e[1] ^ e[0] << 48, e[2] >> 12 & 15)
+                    (name, e.ino, e.mode >> 12 & 15)
+                    if e.__class__ is GoferInode
+                    else (name, e[1] ^ e[0] << 48, e[2] >> 12 & 15)
                     for name, e in listing.items()
                 ]
         return [(name, e[1] ^ e[0] << 48, e[2] >> 12 & 15) for name, e in self.fid().readdir_attrs()]
@@ -333,7 +337,9 @@ class GoferInode(Inode):
         inode.seen = 0
         self._changed()
 
-    def rename(self, name: bytes, inode: Inode, target: Inode, new_name: bytes, replaced: Inode | None, flags: int) -> None:
+    def rename(
+        self, name: bytes, inode: Inode, target: Inode, new_name: bytes, replaced: Inode | None, flags: int
+    ) -> None:
         """renameat2(2)."""
         assert isinstance(inode, GoferInode) and isinstance(target, GoferInode)
         inode.fid()
@@ -351,7 +357,7 @@ class GoferInode(Inode):
         if target is not self:
             target._changed()
 
-    # -- the rest --------------------------------------------------------------------------------------------------------
+    # -- the rest ----------------------------------------------------------------------------------------------------
     def readlink(self, task: Task | None = None) -> bytes:
         """The target."""
         if self.mode & 0o170000 != st.S_IFLNK:
@@ -403,7 +409,7 @@ class GoferInode(Inode):
         self.fid().removexattr(name)
         self.xattrs = None
 
-    # -- data ------------------------------------------------------------------------------------------------------------
+    # -- data --------------------------------------------------------------------------------------------------------
     def handle(self, write: bool) -> HostFd | None:
         """A descriptor of the file, for reading only or also for writing; None from a server that passes none."""
         if self.mode & 0o170000 != st.S_IFREG:
@@ -452,13 +458,6 @@ class GoferInode(Inode):
         return self.map
 
 
-def _refused(error: OSError) -> Errno:
-    """A host error in reading or writing data, as the application may see it."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EINVAL, errno.EINTR, errno.EROFS):
-        return Errno(error.errno)
-    return Errno(errno.EIO)
-
-
 class GoferFile(File):
     """An open regular file: a descriptor of the host's file, possibly shared with others who opened it."""
 
@@ -475,14 +474,14 @@ class GoferFile(File):
         try:
             return os.preadv(self.handle.fd, views if len(views) <= IOV_MAX else views[:IOV_MAX], pos)
         except OSError as error:
-            raise _refused(error) from None
+            raise refused(error) from None
 
     def pwrite(self, views: list[memoryview], pos: int) -> int:
         """pwrite(2), straight from guest memory."""
         try:
             n = os.pwritev(self.handle.fd, views if len(views) <= IOV_MAX else views[:IOV_MAX], pos)
         except OSError as error:
-            raise _refused(error) from None
+            raise refused(error) from None
         inode = self.inode
         if pos + n > inode.size:
             inode.size = pos + n
@@ -497,7 +496,7 @@ class GoferFile(File):
             n = os.pwritev(self.handle.fd, views if len(views) <= IOV_MAX else views[:IOV_MAX], 0, os.RWF_APPEND)
             self.pos = self.inode.size = os.fstat(self.handle.fd).st_size
         except OSError as error:
-            raise _refused(error) from None
+            raise refused(error) from None
         self.inode.seen = 1
         return n
 
@@ -519,7 +518,7 @@ class GoferFile(File):
             try:
                 os.fsync(self.handle.fd)
             except OSError as error:
-                raise _refused(error) from None
+                raise refused(error) from None
 
     def fallocate(self, mode: int, offset: int, length: int) -> None:
         """fallocate(2) of the plain kind; the host's file system may do more, we do not."""
@@ -580,157 +579,3 @@ class RemoteFile(File):
     def fsync(self) -> None:
         """fsync(2)."""
         self.node.fsync()
-
-
-# -- mapping -------------------------------------------------------------------------------------------------------------
-class Window:
-    """A piece of a file shown in guest-physical memory. Bytes; `length` is whole pages."""
-
-    __slots__ = ("gpa", "offset", "length", "writable")
-
-    def __init__(self, gpa: int, offset: int, length: int, writable: bool) -> None:
-        self.gpa, self.offset, self.length, self.writable = gpa, offset, length, writable
-
-
-class Windows:
-    """All file maps that hold windows and that no VMA uses, the least recently used first; one for the kernel."""
-
-    def __init__(self, memory: Any) -> None:
-        self.memory = memory
-        self.idle: OrderedDict[FileMap, None] = OrderedDict()
-
-    def rest(self, file_map: FileMap) -> None:
-        """No VMA uses `file_map` any more: keep what it shows for the next program, up to a limit."""
-        self.idle[file_map] = None
-        if len(self.idle) > IDLE_WINDOWS:
-            old, _ = self.idle.popitem(last=False)
-            old.unmap()
-
-
-def windows_of(kernel: Kernel) -> Windows:
-    """The kernel's list of windows."""
-    windows: Windows | None = kernel.__dict__.get("file_windows")
-    if windows is None:
-        windows = kernel.__dict__["file_windows"] = Windows(kernel.memory)
-    return windows
-
-
-class FileMap:
-    """How one host file is shown in guest-physical memory, shared by every process that maps it. `holds` counts VMAs."""
-
-    def __init__(self, inode: GoferInode) -> None:
-        self.inode = inode
-        self.windows: dict[tuple[int, bool], Window] = {}  # by (chunk number, writable)
-        self.stale: list[Window] = []  # replaced by longer ones, but perhaps still mapped
-        self.holds = 0
-        self.file: weakref.ref[GoferBacking] | None = None
-        self.handle: HostFd | None = None
-
-    def backing(self, file: File) -> GoferBacking:
-        """The Backing of the file itself (an overlay makes its own)."""
-        from kvmsentry.fs.tmpfs import label_of
-
-        backing = self.file() if self.file is not None else None
-        if backing is None:
-            inode = self.inode
-            backing = GoferBacking(self, inode.sb.dev, inode.ino, label_of(inode.sb.kernel, file.path))
-            self.file = weakref.ref(backing)
-        return backing
-
-    def pages(self, offset: int, length: int, writable: bool) -> list[tuple[int, int]]:
-        """(gpa, length) runs of [offset, offset + length), cut at the end of the file. EIO when the host refuses."""
-        inode = self.inode
-        if inode.seen:
-            handle = inode.handle(writable)
-            if handle is not None:
-                inode.size = os.fstat(handle.fd).st_size
-        size = inode.size
-        end = min(offset + length, size)
-        runs = []
-        while offset < end:
-            chunk = offset // CHUNK
-            window = self.windows.get((chunk, writable))
-            want = min(end, (chunk + 1) * CHUNK)
-            if window is None or window.offset + window.length < want:
-                if window is not None:
-                    self.stale.append(window)
-                window = self._map(chunk, size, writable)
-            runs.append((window.gpa + offset - window.offset, want - offset))
-            offset = want
-        return runs
-
-    def _map(self, chunk: int, size: int, writable: bool) -> Window:
-        handle = self.inode.handle(writable)
-        if handle is None:
-            raise Errno(errno.ENODEV)
-        start = chunk * CHUNK
-        length = -(-(min(size, start + CHUNK) - start) // PAGE) * PAGE
-        gpa = self.inode.sb.windows.memory.map_file(handle.fd, start, length, writable)
-        window = self.windows[(chunk, writable)] = Window(gpa, start, length, writable)
-        return window
-
-    def hold(self) -> None:
-        """A VMA began to use it."""
-        self.holds += 1
-        if self.holds == 1:
-            self.inode.sb.windows.idle.pop(self, None)
-
-    def drop(self) -> None:
-        """A VMA ended to use it."""
-        self.holds -= 1
-        if self.holds == 0:
-            if self.inode.sb.private:
-                self.inode.sb.windows.rest(self)
-            else:
-                self.unmap()
-
-    def unmap(self) -> None:
-        """Give the windows up; nobody uses them."""
-        unmap_file = self.inode.sb.windows.memory.unmap_file
-        for window in [*self.windows.values(), *self.stale]:
-            unmap_file(window.gpa, window.length)
-        self.windows.clear()
-        self.stale.clear()
-
-    def shrink(self, size: int) -> None:
-        """The file was truncated by the application: pages beyond the end are SIGBUS from now on."""
-        from kvmsentry.fs.tmpfs import zap
-
-        backing = self.file() if self.file is not None else None
-        if self.holds and backing is not None:
-            zap(self.inode.sb.kernel, backing, -(-size // PAGE) * PAGE, 1 << 62)
-
-
-class GoferBacking:
-    """The Backing protocol of kvmsentry.mm for a host file."""
-
-    __slots__ = ("map", "dev", "ino", "label", "ident", "__weakref__")
-
-    def __init__(self, file_map: FileMap, dev: int, ino: int, label: bytes) -> None:
-        self.map, self.dev, self.ino, self.label = file_map, dev, ino, label
-        self.ident = (dev, ino)
-
-    def map_pages(self, offset: int, length: int, writable_shared: bool) -> list[tuple[int, int]]:
-        """Windows of the file."""
-        return self.map.pages(offset, length, writable_shared)
-
-    def hold(self) -> None:
-        """A VMA began to use it."""
-        self.map.hold()
-
-    def drop(self) -> None:
-        """A VMA ended to use it."""
-        self.map.drop()
-
-    def sync(self, offset: int, length: int) -> None:
-        """msync(2): the host has the pages; make it write them."""
-        handle = self.map.inode.writer() if self.map.inode.writer is not None else None
-        if handle is not None:
-            try:
-                os.fdatasync(handle.fd)
-            except OSError as error:
-                raise _refused(error) from None
-
-    def name(self) -> bytes:
-        """The path for /proc/PID/maps."""
-        return self.label

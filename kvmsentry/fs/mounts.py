@@ -2,8 +2,8 @@
 
     namespace.root --attach--> Mount(/proc)  Mount(/dev) --attach--> Mount(/dev/pts) ...
 
-A mount knows its namespace; a task's namespace is that of its root. Propagation types are accepted and recorded nowhere: every
-mount is private, which is what a container's are.
+A mount knows its namespace; a task's namespace is that of its root. Propagation types are accepted and recorded
+nowhere: every mount is private, which is what a container's are.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ Constructor = Callable[["Kernel", dict[str, str]], SuperBlock]
 
 
 class MountNamespace:
-    """One tree of mounts. `root` is the mount that everything hangs below; `mounts` are all of them in order of mounting."""
+    """One tree of mounts. `root` is the mount that everything hangs below; `mounts` are all of them in order of
+    mounting."""
 
     def __init__(self, root: Mount) -> None:
         self.root = root
@@ -89,7 +90,8 @@ class MountNamespace:
 
 
 def _put_super(sb: SuperBlock) -> None:
-    """A mount of `sb` is gone; with the last one the file system lets go of what it holds. Called after it was detached."""
+    """A mount of `sb` is gone; with the last one the file system lets go of what it holds. Called after it was
+    detached."""
     count = sb.__dict__["mount_count"] = sb.__dict__.get("mount_count", 1) - 1
     if count == 0:
         release = getattr(sb, "release", None)
@@ -98,7 +100,8 @@ def _put_super(sb: SuperBlock) -> None:
 
 
 def new_mount(sb: SuperBlock, root: Dentry | None = None, flags: int = 0) -> Mount:
-    """A mount of `sb`, not attached yet; `root` None shows all of it. All mounts of a super block share its dentries."""
+    """A mount of `sb`, not attached yet; `root` None shows all of it. All mounts of a super block share its
+    dentries."""
     if root is None:
         root = sb.__dict__.get("root_dentry")
         if root is None:
@@ -122,7 +125,7 @@ def all_mounts(task: Task) -> list[Mount]:
     return list(namespace_of(task).mounts)
 
 
-# -- file system types ---------------------------------------------------------------------------------------------------
+# -- file system types -----------------------------------------------------------------------------------------------
 def _tmpfs(kernel: Kernel, options: dict[str, str]) -> SuperBlock:
     from kvmsentry.fs.tmpfs import TmpSuper
 
@@ -182,7 +185,7 @@ def make_super(kernel: Kernel, fstype: str, options: dict[str, str] | None = Non
     return constructor(kernel, options or {})
 
 
-# -- the first tree ------------------------------------------------------------------------------------------------------
+# -- the first tree --------------------------------------------------------------------------------------------------
 class _Builder:
     """Enough of a task to walk with, before there is one: root, with every capability."""
 
@@ -271,7 +274,7 @@ def _mountpoint(builder: Any, target: bytes, kind: int) -> Path:
     return place
 
 
-# -- mount(2) and its kin ------------------------------------------------------------------------------------------------
+# -- mount(2) and its kin --------------------------------------------------------------------------------------------
 def parse_options(data: bytes) -> dict[str, str]:
     """`a=1,b` as {"a": "1", "b": ""}."""
     options = {}
@@ -334,8 +337,8 @@ def _dentry_below(dentry: Dentry, top: Dentry) -> bool:
 
 
 def remount(task: Task, place: Path, flags: int, data: bytes) -> None:
-    """MS_REMOUNT: new flags for the mount, and new options for a tmpfs unless MS_BIND; EINVAL when `place` is no mount's
-    root."""
+    """MS_REMOUNT: new flags for the mount, and new options for a tmpfs unless MS_BIND; EINVAL when `place` is no
+    mount's root."""
     mount = place.mount
     if place.dentry is not mount.root:
         raise Errno(errno.EINVAL)
@@ -393,7 +396,8 @@ def unmount(task: Task, place: Path, flags: int) -> None:
 
 
 def pivot_root(task: Task, new: Path, old: Path) -> None:
-    """pivot_root(2): `new` becomes the root of the namespace, the old root is shown at `old`; EBUSY, EINVAL, ENOTDIR."""
+    """pivot_root(2): `new` becomes the root of the namespace, the old root is shown at `old`; EBUSY, EINVAL,
+    ENOTDIR."""
     namespace = namespace_of(task)
     root = task.fs.root
     if new.inode.mode & S_IFMT != S_IFDIR or old.inode.mode & S_IFMT != S_IFDIR:
@@ -458,7 +462,7 @@ def _tree(mount: Mount) -> Iterator[Mount]:
         yield from _tree(child)
 
 
-# -- what /proc shows ----------------------------------------------------------------------------------------------------
+# -- what /proc shows ------------------------------------------------------------------------------------------------
 def _escaped(text: bytes) -> bytes:
     """mangle(), fs/proc_namespace.c: white space and backslashes in octal."""
     return text.replace(b"\\", b"\\134").replace(b" ", b"\\040").replace(b"\t", b"\\011").replace(b"\n", b"\\012")

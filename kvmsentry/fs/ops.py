@@ -1,6 +1,8 @@
-"""What system calls do with paths: open, make, remove, rename, change, each with Linux's checks in Linux's order (fs/namei.c).
+"""What system calls do with paths: open, make, remove, rename, change, each with Linux's checks in Linux's order
+(fs/namei.c).
 
-The file systems below are told what to do only after these checks, and the name cache is kept true here after they did it.
+The file systems below are told what to do only after these checks, and the name cache is kept true here after they did
+it.
 """
 
 from __future__ import annotations
@@ -13,9 +15,36 @@ from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs.vfs import (
-    CAP_DAC_READ_SEARCH, CAP_FOWNER, FOLLOW, MAY_EXEC, MAY_READ, MAY_WRITE, MS_NODEV, MS_NOEXEC, MS_RDONLY, O_ACCMODE,
-    O_CLOEXEC, O_CREAT, O_DIRECTORY, O_EXCL, O_NOATIME, O_NOFOLLOW, O_PATH, O_TMPFILE, O_TRUNC, Dentry, File, Inode, Mount,
-    Path, lookup_child, permission, place_or_hole, walk, walk_parent,
+    CAP_DAC_READ_SEARCH,
+    CAP_FOWNER,
+    FOLLOW,
+    MAY_EXEC,
+    MAY_READ,
+    MAY_WRITE,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_RDONLY,
+    O_ACCMODE,
+    O_CLOEXEC,
+    O_CREAT,
+    O_DIRECTORY,
+    O_EXCL,
+    O_NOATIME,
+    O_NOFOLLOW,
+    O_PATH,
+    O_TMPFILE,
+    O_TRUNC,
+    WATCHES,
+    Dentry,
+    File,
+    Inode,
+    Mount,
+    Path,
+    lookup_child,
+    permission,
+    place_or_hole,
+    walk,
+    walk_parent,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -34,7 +63,7 @@ IN_CREATE, IN_DELETE, IN_DELETE_SELF, IN_MOVE_SELF, IN_ISDIR = 0x100, 0x200, 0x4
 _move_cookie = 0
 
 
-# -- small judgements ----------------------------------------------------------------------------------------------------
+# -- small judgements ------------------------------------------------------------------------------------------------
 def want_write(mount: Mount) -> None:
     """EROFS when nothing may be changed through `mount`."""
     if mount.flags & MS_RDONLY or mount.sb.readonly:
@@ -60,8 +89,12 @@ def _may_create(directory: Inode, creds: Credentials) -> None:
 def _may_delete(directory: Inode, victim: Inode, creds: Credentials, as_directory: bool) -> None:
     """may_delete: EACCES, EPERM (sticky), ENOTDIR, EISDIR."""
     permission(directory, MAY_WRITE | MAY_EXEC, creds)
-    if directory.mode & st.S_ISVTX and creds.fsuid != victim.uid and creds.fsuid != directory.uid \
-            and not creds.effective & CAP_FOWNER:
+    if (
+        directory.mode & st.S_ISVTX
+        and creds.fsuid != victim.uid
+        and creds.fsuid != directory.uid
+        and not creds.effective & CAP_FOWNER
+    ):
         raise Errno(errno.EPERM)
     if as_directory:
         if victim.mode & S_IFMT != S_IFDIR:
@@ -80,20 +113,29 @@ def notify(inode: Inode, mask: int, name: bytes = b"", cookie: int = 0) -> None:
         inotify.notify(inode, mask, name, cookie)
 
 
+def changed(place: Path | None, inode: Inode, mask: int) -> None:
+    """Tell the inotify watches of `inode` and of the directory it was found in at `place`. Callers test WATCHES
+    first."""
+    from kvmsentry.fs import inotify
+
+    inotify.notify_place(place, inode, mask)
+
+
 def _entry_event(directory: Inode, name: bytes, inode: Inode, mask: int, cookie: int = 0) -> None:
     if directory.watches is not None:
         notify(directory, mask | (IN_ISDIR if inode.mode & S_IFMT == S_IFDIR else 0), name, cookie)
 
 
 def forget(directory: Dentry, name: bytes) -> None:
-    """The name is gone: the cache knows that it is not there. The old dentry lives on with who holds it, as unlinked."""
+    """The name is gone: the cache knows that it is not there. The old dentry lives on with who holds it, as
+    unlinked."""
     if len(directory.children) < NEGATIVE_LIMIT:
         directory.add(name, None)
     else:
         directory.drop(name)
 
 
-# -- opening -------------------------------------------------------------------------------------------------------------
+# -- opening ---------------------------------------------------------------------------------------------------------
 def open_at(task: Task, start: Path | None, path: bytes, flags: int, mode: int = 0, resolve: int = 0) -> Any:
     """open(2): a File, or a coroutine that returns one. `resolve` holds the walk's flags of openat2(2)."""
     if flags & O_PATH:
@@ -178,20 +220,25 @@ def open_place(task: Task, place: Path, flags: int) -> Any:
 
 def _finish_open(task: Task, place: Path, inode: Inode, flags: int) -> Any:
     if inode.mode & S_IFMT != S_IFREG:
-        return inode.open(task, place, flags)
+        file = inode.open(task, place, flags)
+        if WATCHES and isinstance(file, File):
+            changed(place, inode, IN_OPEN)
+        return file
     counted = bool(flags & 3)
     if counted or flags & O_TRUNC:
         if inode.writers < 0:
             raise Errno(errno.ETXTBSY)
         if flags & O_TRUNC:
             inode.truncate(0)
+            if WATCHES:
+                changed(place, inode, IN_MODIFY)
     file = inode.open(task, place, flags)
     if isinstance(file, File):
         if counted:
             inode.writers += 1
             file.counted = True
-        if inode.watches is not None:
-            notify(inode, IN_OPEN)
+        if WATCHES:
+            changed(place, inode, IN_OPEN)
         return file
     return _count_later(file, inode, counted)
 
@@ -205,8 +252,8 @@ async def _count_later(opening: Coroutine[Any, Any, File], inode: Inode, counted
 
 
 def open_exec(task: Task, place: Path) -> File:
-    """A file to run a program from: EACCES unless it is regular, executable, and not on a noexec mount; ETXTBSY while it is
-    open for writing. Whoever runs it calls `deny_write`, and `allow_write` when the program is gone."""
+    """A file to run a program from: EACCES unless it is regular, executable, and not on a noexec mount; ETXTBSY while
+    it is open for writing. Whoever runs it calls `deny_write`, and `allow_write` when the program is gone."""
     inode = place.inode
     if inode.mode & S_IFMT != S_IFREG or place.mount.flags & MS_NOEXEC:
         raise Errno(errno.EACCES)
@@ -230,8 +277,10 @@ def allow_write(inode: Inode) -> None:
     inode.writers += 1
 
 
-# -- making --------------------------------------------------------------------------------------------------------------
-def _new_name(task: Task, start: Path | None, path: bytes, directory: bool = False) -> tuple[Path, Dentry, bytes, Inode]:
+# -- making ----------------------------------------------------------------------------------------------------------
+def _new_name(
+    task: Task, start: Path | None, path: bytes, directory: bool = False
+) -> tuple[Path, Dentry, bytes, Inode]:
     """filename_create: the place of a name that must not be there yet: (directory, its dentry, name, its inode)."""
     parent, name, trailing = walk_parent(task, path, start)
     if name in (b"", b".", b".."):
@@ -264,7 +313,11 @@ def mknod_at(task: Task, start: Path | None, path: bytes, mode: int, rdev: int) 
         raise Errno(errno.EINVAL)
     parent, dentry, name, directory = _new_name(task, start, path)
     # An overlay's whiteout (character device 0, 0) is no device that could do anything.
-    if kind in (st.S_IFCHR, st.S_IFBLK) and not task.creds.capable(CAP_MKNOD) and not (kind == st.S_IFCHR and rdev == 0):
+    if (
+        kind in (st.S_IFCHR, st.S_IFBLK)
+        and not task.creds.capable(CAP_MKNOD)
+        and not (kind == st.S_IFCHR and rdev == 0)
+    ):
         raise Errno(errno.EPERM)
     mode = kind | (mode & 0o7777 & ~task.fs.umask)
     if kind in (0, S_IFREG):
@@ -311,7 +364,7 @@ def link_at(task: Task, old: Path, start: Path | None, path: bytes) -> None:
     _entry_event(directory, name, inode, IN_CREATE)
 
 
-# -- removing ------------------------------------------------------------------------------------------------------------
+# -- removing --------------------------------------------------------------------------------------------------------
 def unlink_at(task: Task, start: Path | None, path: bytes) -> None:
     """unlink(2)."""
     parent, name, trailing = walk_parent(task, path, start)
@@ -374,8 +427,12 @@ def rename_at(task: Task, old_start: Path | None, old_path: bytes, new_start: Pa
               flags: int = 0) -> None:  # fmt: skip
     """renameat2(2)."""
     global _move_cookie
-    if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT) or \
-            flags & (RENAME_NOREPLACE | RENAME_WHITEOUT) and flags & RENAME_EXCHANGE or flags & RENAME_WHITEOUT:
+    if (
+        flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT)
+        or flags & (RENAME_NOREPLACE | RENAME_WHITEOUT)
+        and flags & RENAME_EXCHANGE
+        or flags & RENAME_WHITEOUT
+    ):
         raise Errno(errno.EINVAL)
     old_parent, old_name, old_trailing = walk_parent(task, old_path, old_start)
     new_parent, new_name, new_trailing = walk_parent(task, new_path, new_start)
@@ -440,11 +497,11 @@ def rename_at(task: Task, old_start: Path | None, old_path: bytes, new_start: Pa
         notify(replaced, IN_ATTRIB if replaced.nlink else IN_DELETE_SELF)
 
 
-# -- changing ------------------------------------------------------------------------------------------------------------
-def chmod(task: Task, mount: Mount | None, inode: Inode, mode: int) -> None:
+# -- changing --------------------------------------------------------------------------------------------------------
+def chmod(task: Task, place: Path | None, inode: Inode, mode: int) -> None:
     """chmod(2): EROFS, EPERM."""
-    if mount is not None:
-        want_write(mount)
+    if place is not None:
+        want_write(place.mount)
     creds = task.creds
     if inode.mode & S_IFMT == S_IFLNK:
         raise Errno(errno.EOPNOTSUPP)
@@ -454,21 +511,23 @@ def chmod(task: Task, mount: Mount | None, inode: Inode, mode: int) -> None:
     if mode & st.S_ISGID and not in_group(inode.gid, creds) and not creds.capable(CAP_FSETID):
         mode &= ~st.S_ISGID
     inode.setattr(mode=mode)
-    if inode.watches is not None:
-        notify(inode, IN_ATTRIB)
+    if WATCHES:
+        changed(place, inode, IN_ATTRIB)
 
 
-def chown(task: Task, mount: Mount | None, inode: Inode, uid: int, gid: int) -> None:
+def chown(task: Task, place: Path | None, inode: Inode, uid: int, gid: int) -> None:
     """chown(2); an id of 2**32 - 1 stays as it is. Set-id bits of files are cleared. EROFS, EPERM."""
-    if mount is not None:
-        want_write(mount)
+    if place is not None:
+        want_write(place.mount)
     creds = task.creds
     new_uid = None if uid == 0xFFFFFFFF else uid
     new_gid = None if gid == 0xFFFFFFFF else gid
     if not creds.capable(CAP_CHOWN):
         if new_uid is not None and not (creds.fsuid == inode.uid == new_uid):
             raise Errno(errno.EPERM)
-        if new_gid is not None and not (creds.fsuid == inode.uid and (in_group(new_gid, creds) or new_gid == inode.gid)):
+        if new_gid is not None and not (
+            creds.fsuid == inode.uid and (in_group(new_gid, creds) or new_gid == inode.gid)
+        ):
             raise Errno(errno.EPERM)
     mode = None
     if inode.mode & S_IFMT != S_IFDIR and inode.mode & 0o6000:
@@ -476,15 +535,16 @@ def chown(task: Task, mount: Mount | None, inode: Inode, uid: int, gid: int) -> 
         if mode & 0o2010 == 0o2010:
             mode &= ~st.S_ISGID
     inode.setattr(mode=mode, uid=new_uid, gid=new_gid)
-    if inode.watches is not None:
-        notify(inode, IN_ATTRIB)
+    if WATCHES:
+        changed(place, inode, IN_ATTRIB)
 
 
-def set_times(task: Task, mount: Mount | None, inode: Inode, times: tuple[int | None, int | None] | None) -> None:
-    """utimensat(2): `times` are ns or None to leave one alone; None in all: both are set to now. EROFS, EACCES, EPERM."""
+def set_times(task: Task, place: Path | None, inode: Inode, times: tuple[int | None, int | None] | None) -> None:
+    """utimensat(2): `times` are ns or None to leave one alone; None in all: both are set to now. EROFS, EACCES,
+    EPERM."""
     creds = task.creds
-    if mount is not None:
-        want_write(mount)
+    if place is not None:
+        want_write(place.mount)
     if times is None:
         if not owner_or_capable(inode, creds):
             permission(inode, MAY_WRITE, creds)
@@ -494,8 +554,8 @@ def set_times(task: Task, mount: Mount | None, inode: Inode, times: tuple[int | 
         if not owner_or_capable(inode, creds):
             raise Errno(errno.EPERM)
         inode.setattr(atime=times[0], mtime=times[1])
-    if inode.watches is not None:
-        notify(inode, IN_ATTRIB)
+    if WATCHES:
+        changed(place, inode, IN_ATTRIB)
 
 
 def truncate_at(task: Task, path: bytes, size: int) -> None:
@@ -513,8 +573,8 @@ def truncate_at(task: Task, path: bytes, size: int) -> None:
     if inode.writers < 0:
         raise Errno(errno.ETXTBSY)
     inode.truncate(size)
-    if inode.watches is not None:
-        notify(inode, IN_MODIFY)
+    if WATCHES:
+        changed(place, inode, IN_MODIFY)
 
 
 def access(task: Task, place: Path, mask: int, creds: Credentials) -> None:

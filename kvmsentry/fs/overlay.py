@@ -1,10 +1,12 @@
-"""The container's root: a read-only tree of the Gofer with everything that changes in guest memory above it (overlayfs).
+"""The container's root: a read-only tree of the Gofer with everything that changes in guest memory above it
+(overlayfs).
 
-There are not two inodes for one file here. An `OverlayInode` is a tmpfs inode that may have a `lower`: a regular file whose data
-is still the lower's until the first write (`store` is None), or a directory whose names come from below unless `entries` says
-otherwise (None there is a whiteout). So attributes change without copying data, an inode keeps its number when it is copied up,
-hard links stay together, a descriptor opened before a copy-up sees what is written after it, and a directory that came from below
-is renamed like any other. In all of these Linux's overlayfs is laxer than POSIX; we need not be.
+There are not two inodes for one file here. An `OverlayInode` is a tmpfs inode that may have a `lower`: a regular file
+whose data is still the lower's until the first write (`store` is None), or a directory whose names come from below
+unless `entries` says otherwise (None there is a whiteout). So attributes change without copying data, an inode keeps
+its number when it is copied up, hard links stay together, a descriptor opened before a copy-up sees what is written
+after it, and a directory that came from below is renamed like any other. In all of these Linux's overlayfs is laxer
+than POSIX; we need not be.
 
 Nothing is ever written to the lower tree, which must not change while it is used.
 """
@@ -18,7 +20,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs.goferfs import GoferBacking, GoferInode, GoferSuper
+from kvmsentry.fs.filemap import GoferBacking
+from kvmsentry.fs.goferfs import GoferInode, GoferSuper
 from kvmsentry.fs.pages import PAGE, PageStore, Pool
 from kvmsentry.fs.tmpfs import TmpFile, TmpInode, TmpSuper, label_of
 from kvmsentry.fs.vfs import File, Inode, Path, SuperBlock
@@ -77,7 +80,9 @@ class OverlayInode(TmpInode):
     lower: GoferInode | None
     lower_paged: weakref.ref[GoferBacking] | None
 
-    def __init__(self, sb: OverlaySuper, lower: GoferInode) -> None:  # no super(): every file that is looked at gets one
+    def __init__(
+        self, sb: OverlaySuper, lower: GoferInode
+    ) -> None:  # no super(): every file that is looked at gets one
         self.sb, self.lower, self.lower_paged = sb, lower, None
         self.ino, self.mode, self.uid, self.gid, self.nlink = lower.ino, lower.mode, lower.uid, lower.gid, lower.nlink
         self.rdev, self.size = lower.rdev, lower.size
@@ -97,7 +102,7 @@ class OverlayInode(TmpInode):
             return self.store.pages * 8
         return self.lower.host_blocks if self.lower is not None else 0
 
-    # -- data ------------------------------------------------------------------------------------------------------------
+    # -- data --------------------------------------------------------------------------------------------------------
     def data(self) -> PageStore:
         """The pages, copied up now if they were not."""
         return self.store if self.store is not None else self.copy_up(self.size)
@@ -132,7 +137,7 @@ class OverlayInode(TmpInode):
             self.copy_up(min(size, self.size))
         super().truncate(size)
 
-    # -- directories -----------------------------------------------------------------------------------------------------
+    # -- directories -------------------------------------------------------------------------------------------------
     def names(self) -> dict[bytes, Any]:
         """The entries, for changing them."""
         if self.entries is None:
@@ -152,7 +157,7 @@ class OverlayInode(TmpInode):
             inode = entries[name] = self.sb.wrap(self.lower.lookup(name))  # type: ignore[arg-type]
         elif inode is None:
             raise Errno(errno.ENOENT)
-        return inode  # type: ignore[no-any-return]
+        return inode
 
     def _changed(self, by: int) -> None:
         super()._changed(0)  # a directory's size says nothing here
@@ -198,7 +203,7 @@ class OverlayInode(TmpInode):
         merged += [(name, inode.ino, inode.mode >> 12 & 15) for name, inode in rest.items() if inode is not None]
         return merged
 
-    # -- the rest --------------------------------------------------------------------------------------------------------
+    # -- the rest ----------------------------------------------------------------------------------------------------
     def readlink(self, task: Task | None = None) -> bytes:
         """The target."""
         if not self.target and self.lower is not None:
@@ -267,6 +272,8 @@ class OverlayFile(TmpFile):
         backing = inode.lower_paged() if inode.lower_paged is not None else None
         if backing is None:
             assert inode.lower is not None
-            backing = GoferBacking(inode.lower.file_map(), inode.sb.dev, inode.ino, label_of(inode.sb.kernel, self.path))
+            backing = GoferBacking(
+                inode.lower.file_map(), inode.sb.dev, inode.ino, label_of(inode.sb.kernel, self.path)
+            )
             inode.lower_paged = weakref.ref(backing)
         return backing

@@ -1,10 +1,12 @@
 """The pages of a memory file: guest frames in extents, so that file data and mapped pages are the same memory.
 
     file page   0        16       32                  512
-                |--gpa A--|        |------gpa B--------|        extents, sorted; what lies between is a hole and reads as zero
+                |--gpa A--|        |------gpa B--------|        extents, sorted; what lies between is a hole and reads
+                as zero
 
-Frames come from the kernel's FrameAllocator and are charged to a `Pool` (the file system's size limit). Every byte of a frame that
-is not file data is zero: a file may grow into its last page, and into pages kept in reserve behind it, without clearing anything.
+Frames come from the kernel's FrameAllocator and are charged to a `Pool` (the file system's size limit). Every byte of
+a frame that is not file data is zero: a file may grow into its last page, and into pages kept in reserve behind it,
+without clearing anything.
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ class Pool:
 
 
 class PageStore:
-    """One file's pages. Frames go back when the last holder of the store is gone; those cut off (truncate, punched holes)
-    while somebody maps the file stay until nobody does, so that no stale page-table entry ever shows another's memory."""
+    """One file's pages. Frames go back when the last holder of the store is gone; those cut off (truncate, punched
+    holes) while somebody maps the file stay until nobody does, so that no stale page-table entry ever shows another's
+    memory."""
 
     __slots__ = ("pool", "starts", "gpas", "counts", "pages", "mapped", "cut")
 
@@ -61,7 +64,7 @@ class PageStore:
             pool.frames.free(gpa, count)
         pool.used -= self.pages + sum(count for _, count in self.cut)
 
-    # -- finding ---------------------------------------------------------------------------------------------------------
+    # -- finding -----------------------------------------------------------------------------------------------------
     def next_data(self, page: int) -> int:
         """The first file page >= `page` that is not a hole, -1 when there is none."""
         index = bisect_right(self.starts, page) - 1
@@ -72,7 +75,11 @@ class PageStore:
     def next_hole(self, page: int) -> int:
         """The first file page >= `page` that is a hole."""
         index = bisect_right(self.starts, page) - 1
-        while index >= 0 and index < len(self.starts) and self.starts[index] <= page < self.starts[index] + self.counts[index]:
+        while (
+            index >= 0
+            and index < len(self.starts)
+            and self.starts[index] <= page < self.starts[index] + self.counts[index]
+        ):
             page = self.starts[index] + self.counts[index]
             index += 1
         return page
@@ -98,10 +105,11 @@ class PageStore:
             index += 1
         return out
 
-    # -- growing ---------------------------------------------------------------------------------------------------------
+    # -- growing -----------------------------------------------------------------------------------------------------
     def ensure(self, first: int, end: int, keep_from: int = -1, keep_to: int = -1) -> int:
-        """Put frames under file pages [first, end). Pages in [keep_from, keep_to) are about to be overwritten whole and need
-        not be zero. Returns the page up to which there are frames now (less than `end` when memory or the limit ran out)."""
+        """Put frames under file pages [first, end). Pages in [keep_from, keep_to) are about to be overwritten whole
+        and need not be zero. Returns the page up to which there are frames now (less than `end` when memory or the
+        limit ran out)."""
         starts, counts = self.starts, self.counts
         index = bisect_right(starts, first) - 1
         while first < end:
@@ -146,8 +154,11 @@ class PageStore:
                     zero(gpa, (keep_from - page) * PAGE)
                 if keep_to < page + count:
                     zero(gpa + (keep_to - page) * PAGE, (page + count - keep_to) * PAGE)
-            if index and self.starts[index - 1] + self.counts[index - 1] == page and \
-                    self.gpas[index - 1] + self.counts[index - 1] * PAGE == gpa:
+            if (
+                index
+                and self.starts[index - 1] + self.counts[index - 1] == page
+                and self.gpas[index - 1] + self.counts[index - 1] * PAGE == gpa
+            ):
                 self.counts[index - 1] += count
             else:
                 self.starts.insert(index, page)
@@ -157,7 +168,7 @@ class PageStore:
             page += count
         return want
 
-    # -- shrinking -------------------------------------------------------------------------------------------------------
+    # -- shrinking ---------------------------------------------------------------------------------------------------
     def drop(self, first: int, end: int) -> None:
         """Make file pages [first, end) a hole."""
         starts, gpas, counts = self.starts, self.gpas, self.counts
@@ -218,7 +229,7 @@ class PageStore:
             self.pool.used -= count
         self.cut = []
 
-    # -- data ------------------------------------------------------------------------------------------------------------
+    # -- data --------------------------------------------------------------------------------------------------------
     def read(self, views: list[memoryview], pos: int, size: int) -> int:
         """Copy bytes from `pos` on, not beyond `size`, into `views`; returns how many."""
         left = size - pos
@@ -255,8 +266,8 @@ class PageStore:
         return done
 
     def write(self, views: list[memoryview], pos: int, total: int, size: int) -> int:
-        """Copy `total` bytes of `views` to `pos`; `size` is the file's size before, by which reserve is chosen. Returns how
-        many bytes were written; Errno(ENOSPC) when none."""
+        """Copy `total` bytes of `views` to `pos`; `size` is the file's size before, by which reserve is chosen.
+        Returns how many bytes were written; Errno(ENOSPC) when none."""
         first, end = pos >> 12, (pos + total + PAGE - 1) >> 12
         starts, gpas, counts, memory = self.starts, self.gpas, self.counts, self.pool.view
         index = bisect_right(starts, first) - 1

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmsentry.fs.vfs import NAME_MAX, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, Inode, Mount
+from kvmsentry.fs.vfs import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, NAME_MAX, Inode, Mount
 from kvmsentry.syscall.abi_fs import (
-    ST_RELATIME, ST_VALID, STAT, STATFS, STATX, STATX_ATTR_MOUNT_ROOT, STATX_BASIC_STATS, STATX_BTIME, STATX_MNT_ID,
+    ST_RELATIME,
+    ST_VALID,
+    STAT,
+    STATFS,
+    STATX,
+    STATX_ATTR_MOUNT_ROOT,
+    STATX_BASIC_STATS,
+    STATX_BTIME,
+    STATX_MNT_ID,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -43,8 +51,8 @@ def pack_statx(inode: Inode, place: Path | None) -> bytes:
         if place.dentry is place.mount.root:
             attributes = STATX_ATTR_MOUNT_ROOT
     return STATX.pack(
-        STATX_BASIC_STATS | STATX_BTIME | (STATX_MNT_ID if mount_id else 0), BLOCK_SIZE, attributes, inode.nlink, inode.uid,
-        inode.gid, inode.mode, inode.ino, inode.size, inode.blocks, STATX_ATTR_MOUNT_ROOT,
+        STATX_BASIC_STATS | STATX_BTIME | (STATX_MNT_ID if mount_id else 0), BLOCK_SIZE, attributes, inode.nlink,
+        inode.uid, inode.gid, inode.mode, inode.ino, inode.size, inode.blocks, STATX_ATTR_MOUNT_ROOT,
         *divmod(inode.atime, _SECOND), *divmod(inode.btime, _SECOND), *divmod(inode.ctime, _SECOND),
         *divmod(inode.mtime, _SECOND), *_split(inode.rdev), *_split(inode.sb.dev), mount_id,
     )  # fmt: skip

@@ -42,7 +42,9 @@ class TmpSuper(SuperBlock):
     fstype = "tmpfs"
     magic = TMPFS_MAGIC
 
-    def __init__(self, kernel: Kernel, size: int = 0, inodes: int = 0, mode: int = 0o1777, uid: int = 0, gid: int = 0) -> None:
+    def __init__(
+        self, kernel: Kernel, size: int = 0, inodes: int = 0, mode: int = 0o1777, uid: int = 0, gid: int = 0
+    ) -> None:
         super().__init__()
         self.kernel = kernel
         self.pool = Pool(kernel.frames, kernel.memory, -(-size // PAGE))
@@ -132,7 +134,7 @@ class TmpInode(Inode):
         """st_blocks."""
         return self.store.pages * 8 if self.store is not None else 0
 
-    # -- data ------------------------------------------------------------------------------------------------------------
+    # -- data --------------------------------------------------------------------------------------------------------
     def data(self) -> PageStore:
         """The pages of a regular file, for changing them (an overlay copies up first)."""
         assert self.store is not None
@@ -169,7 +171,7 @@ class TmpInode(Inode):
             zap(self.sb.kernel, backing, offset, length)
         self.data().free_cut()
 
-    # -- directories -----------------------------------------------------------------------------------------------------
+    # -- directories -------------------------------------------------------------------------------------------------
     def names(self) -> dict[bytes, Any]:
         """The entries of a directory, for changing them; ENOTDIR."""
         if self.entries is None:
@@ -184,7 +186,7 @@ class TmpInode(Inode):
         inode = entries.get(name)
         if inode is None:
             raise Errno(errno.ENOENT)
-        return inode  # type: ignore[no-any-return]
+        return inode
 
     def _new(self, name: bytes, mode: int, creds: Credentials) -> TmpInode:
         names = self.names()
@@ -195,8 +197,12 @@ class TmpInode(Inode):
             gid = self.gid
             if mode & 0o170000 == st.S_IFDIR:
                 mode |= st.S_ISGID
-            elif mode & 0o2010 == 0o2010 and gid != creds.fsgid and gid not in creds.groups \
-                    and not creds.capable(CAP_FSETID):
+            elif (
+                mode & 0o2010 == 0o2010
+                and gid != creds.fsgid
+                and gid not in creds.groups
+                and not creds.capable(CAP_FSETID)
+            ):
                 mode &= ~st.S_ISGID
         inode = self.sb.new_inode(mode, creds.fsuid, gid)
         names[name] = inode
@@ -232,7 +238,9 @@ class TmpInode(Inode):
 
     def temporary(self, mode: int, creds: Credentials) -> Inode:
         """O_TMPFILE: a regular file without a name, that linkat(2) may give one."""
-        inode = self.sb.new_inode(st.S_IFREG | (mode & 0o7777), creds.fsuid, self.gid if self.mode & st.S_ISGID else creds.fsgid)
+        inode = self.sb.new_inode(
+            st.S_IFREG | (mode & 0o7777), creds.fsuid, self.gid if self.mode & st.S_ISGID else creds.fsgid
+        )
         inode.nlink = 0
         return inode
 
@@ -270,7 +278,9 @@ class TmpInode(Inode):
         del self.names()[name]
         self._changed(-1)
 
-    def rename(self, name: bytes, inode: Inode, target: Inode, new_name: bytes, replaced: Inode | None, flags: int) -> None:
+    def rename(
+        self, name: bytes, inode: Inode, target: Inode, new_name: bytes, replaced: Inode | None, flags: int
+    ) -> None:
         """rename(2) within this file system; flags 2 = RENAME_EXCHANGE."""
         assert isinstance(target, TmpInode)
         is_dir = inode.mode & 0o170000 == st.S_IFDIR
@@ -304,7 +314,7 @@ class TmpInode(Inode):
         """(name, inode number, DT_*)."""
         return [(name, inode.ino, inode.mode >> 12 & 15) for name, inode in self.names().items()]
 
-    # -- the rest --------------------------------------------------------------------------------------------------------
+    # -- the rest ----------------------------------------------------------------------------------------------------
     def readlink(self, task: Task | None = None) -> bytes:
         """The target; EINVAL."""
         if self.mode & 0o170000 != st.S_IFLNK:
@@ -455,7 +465,12 @@ class TmpFile(File):
         """Gives back the reserve behind the end that appending made."""
         inode = self.inode
         store = inode.store
-        if store is not None and self.flags & 3 and store.pages << 12 > inode.size + PAGE and "kept" not in inode.__dict__:
+        if (
+            store is not None
+            and self.flags & 3
+            and store.pages << 12 > inode.size + PAGE
+            and "kept" not in inode.__dict__
+        ):
             store.drop(-(-inode.size // PAGE), 1 << 52)
 
     def seek(self, offset: int, whence: int) -> int:
@@ -522,7 +537,8 @@ class TmpFile(File):
 
 
 def zap(kernel: Kernel, backing: Any, offset: int, length: int) -> None:
-    """Take [offset, offset + length) of `backing` out of every address space; what touches it again asks the backing."""
+    """Take [offset, offset + length) of `backing` out of every address space; what touches it again asks the
+    backing."""
     seen = set()
     for task in kernel.tasks.values():
         space = task.mm
@@ -542,8 +558,8 @@ def label_of(kernel: Kernel, path: Path | None) -> bytes:
 
 
 def memory_file(kernel: Kernel, name: bytes, mode: int = 0o777, creds: Credentials | None = None) -> TmpInode:
-    """A regular file without a name on the kernel's internal tmpfs (shm_mnt): for memfd_create(2), SysV shared memory and
-    the like. `name` is what /proc/PID/maps shows. nlink is 0, all frames go back with the last holder."""
+    """A regular file without a name on the kernel's internal tmpfs (shm_mnt): for memfd_create(2), SysV shared memory
+    and the like. `name` is what /proc/PID/maps shows. nlink is 0, all frames go back with the last holder."""
     sb: TmpSuper | None = kernel.__dict__.get("shm_super")
     if sb is None:
         sb = kernel.__dict__["shm_super"] = TmpSuper(kernel)

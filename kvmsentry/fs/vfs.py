@@ -269,6 +269,7 @@ class Mount:
         self.parent: Mount | None = None
         self.mountpoint: Dentry | None = None
         self.children: dict[Dentry, Mount] = {}
+        self.namespace: Any = None  # fs/mounts.py: MountNamespace, None while in none
 
     def attach(self, parent: Mount, mountpoint: Dentry) -> None:
         """Show this mount at `mountpoint` of `parent`; what was visible there is covered."""
@@ -493,11 +494,19 @@ def step_up(mount: Mount, dentry: Dentry, root: Path) -> tuple[Mount, Dentry]:
     """Where `..` leads from (mount, dentry), not above `root`."""
     if dentry is root.dentry and mount is root.mount:
         return mount, dentry
+    here = mount, dentry
     while dentry is mount.root:
-        if mount.parent is None or mount.mountpoint is None:
-            return mount, dentry
-        mount, dentry = mount.parent, mount.mountpoint
-    return mount, dentry.parent
+        parent, mountpoint = mount.parent, mount.mountpoint
+        if parent is None or mountpoint is None:
+            return here
+        mount, dentry = parent, mountpoint
+        if dentry is root.dentry and mount is root.mount:  # something is mounted on the root itself: no way out of it
+            return here
+    dentry = dentry.parent
+    while dentry.mounted and dentry in mount.children:
+        mount = mount.children[dentry]
+        dentry = mount.root
+    return mount, dentry
 
 
 def path_of(place: Path, root: Path, mark: bool = True) -> bytes:
@@ -508,10 +517,11 @@ def path_of(place: Path, root: Path, mark: bool = True) -> bytes:
     prefix = b"/"
     while not (dentry is root.dentry and mount is root.mount):
         if dentry is mount.root:
-            if mount.parent is None or mount.mountpoint is None:
+            parent, mountpoint = mount.parent, mount.mountpoint
+            if parent is None or mountpoint is None:
                 prefix = b"(unreachable)/" if mark else b"/"
                 break
-            mount, dentry = mount.parent, mount.mountpoint
+            mount, dentry = parent, mountpoint
             continue
         if dentry.parent is dentry:  # a bind mount's root was moved out of what it shows
             prefix = b"(unreachable)/" if mark else b"/"

@@ -30,10 +30,19 @@ ST_VALID = 0x20  # include/linux/statfs.h
 ST_RELATIME = 0x1000
 
 DIRENT64 = struct.Struct("<QqHB")  # struct linux_dirent64 up to the name: ino, off, reclen, type
-DIRENT = struct.Struct("<QQH")  # struct linux_dirent up to the name: ino, off, reclen; the type is the record's last byte
+DIRENT = struct.Struct(
+    "<QQH"
+)  # struct linux_dirent up to the name: ino, off, reclen; the type is the record's last byte
 
 OPEN_HOW = struct.Struct("<QQQ")  # struct open_how: flags, mode, resolve
-RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_IN_ROOT, RESOLVE_CACHED = 1, 2, 4, 8, 16, 32
+RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_IN_ROOT, RESOLVE_CACHED = (
+    1,
+    2,
+    4,
+    8,
+    16,
+    32,
+)
 
 TIMESPEC2 = struct.Struct("<qqqq")
 UTIMBUF = struct.Struct("<qq")

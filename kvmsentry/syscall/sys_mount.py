@@ -31,7 +31,9 @@ def _data(task: Task, pointer: int) -> bytes:
         raise
 
 
-@syscall(165, partial="tmpfs, ramfs, proc, sysfs, devtmpfs, devpts, bind mounts, moves and remounts; all mounts are private")
+@syscall(
+    165, partial="tmpfs, ramfs, proc, sysfs, devtmpfs, devpts, bind mounts, moves and remounts; all mounts are private"
+)
 def mount(task: Task, source: Path, target: Path, filesystemtype: UserPtr, mountflags: ULong, data: UserPtr) -> int:
     fstype = task.mm.read_cstring(filesystemtype, 4096) if filesystemtype else b""
     name = task.mm.read_cstring(source, PATH_MAX) if source else b""

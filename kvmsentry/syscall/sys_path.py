@@ -10,17 +10,56 @@ from kvmsentry.errors import Errno
 from kvmsentry.fs import ops, vfs
 from kvmsentry.fs.stat import pack_stat, pack_statfs, pack_statx
 from kvmsentry.fs.vfs import (
-    FOLLOW, MAY_EXEC, O_CLOEXEC, O_CREAT, O_PATH, O_TMPFILE, O_TRUNC, O_WRONLY, PATH_MAX, File, Inode, path_of, permission,
+    FOLLOW,
+    MAY_EXEC,
+    O_CLOEXEC,
+    O_CREAT,
+    O_PATH,
+    O_TMPFILE,
+    O_TRUNC,
+    O_WRONLY,
+    PATH_MAX,
+    File,
+    Inode,
+    path_of,
+    permission,
     walk,
 )  # fmt: skip
 from kvmsentry.kernel.task import RLIMIT_FSIZE, RLIMIT_NOFILE, Credentials, Task
 from kvmsentry.syscall.abi_fs import (
-    AT_EACCESS, AT_EMPTY_PATH, AT_FDCWD, AT_NO_AUTOMOUNT, AT_REMOVEDIR, AT_STATX_RESERVED, AT_STATX_SYNC_TYPE,
-    AT_SYMLINK_FOLLOW, AT_SYMLINK_NOFOLLOW, OPEN_HOW, RESOLVE_BENEATH, RESOLVE_CACHED, RESOLVE_IN_ROOT,
-    RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, TIMESPEC2, UTIMBUF, UTIME_NOW, UTIME_OMIT,
+    AT_EACCESS,
+    AT_EMPTY_PATH,
+    AT_FDCWD,
+    AT_NO_AUTOMOUNT,
+    AT_REMOVEDIR,
+    AT_STATX_RESERVED,
+    AT_STATX_SYNC_TYPE,
+    AT_SYMLINK_FOLLOW,
+    AT_SYMLINK_NOFOLLOW,
+    OPEN_HOW,
+    RESOLVE_BENEATH,
+    RESOLVE_CACHED,
+    RESOLVE_IN_ROOT,
+    RESOLVE_NO_MAGICLINKS,
+    RESOLVE_NO_SYMLINKS,
+    RESOLVE_NO_XDEV,
+    TIMESPEC2,
+    UTIMBUF,
+    UTIME_NOW,
+    UTIME_OMIT,
 )  # fmt: skip
 from kvmsentry.syscall.table import (
-    DirFd, Fd, Int, Mode, Offset, OpenFlags, Path, Size, UInt, UserPtr, syscall,
+    DirFd,
+    Fd,
+    Int,
+    Mode,
+    Offset,
+    OpenFlags,
+    Path,
+    Size,
+    UInt,
+    UserPtr,
+    syscall,
 )  # fmt: skip
 
 CAP_DAC_READ_SEARCH, CAP_SYS_CHROOT = 2, 18  # uapi/linux/capability.h
@@ -67,7 +106,7 @@ def inode_at(task: Task, dirfd: int, pathname: int, flags: int) -> tuple[Inode, 
     return place.inode, place
 
 
-# -- opening -------------------------------------------------------------------------------------------------------------
+# -- opening ---------------------------------------------------------------------------------------------------------
 def _open(task: Task, dirfd: int, path: bytes, flags: int, mode: int, resolve: int = 0) -> Any:
     files = task.files
     limit = task.rlimit(RLIMIT_NOFILE)
@@ -145,7 +184,7 @@ def openat2(task: Task, dirfd: DirFd, pathname: Path, how: UserPtr, size: Size) 
     return _open(task, dirfd, path, flags, mode, walk_flags)
 
 
-# -- looking -------------------------------------------------------------------------------------------------------------
+# -- looking ---------------------------------------------------------------------------------------------------------
 @syscall(4)
 def stat(task: Task, pathname: Path, statbuf: UserPtr) -> int:
     mm = task.mm
@@ -263,7 +302,7 @@ def fstatfs(task: Task, fd: Fd, buf: UserPtr) -> int:
     return 0
 
 
-# -- making and removing -------------------------------------------------------------------------------------------------
+# -- making and removing ---------------------------------------------------------------------------------------------
 def _mkdir(task: Task, dirfd: int, pathname: int, mode: int) -> int:
     path = task.mm.read_cstring(pathname, PATH_MAX)
     ops.mkdir_at(task, start_of(task, dirfd, path), path, mode)
@@ -378,13 +417,13 @@ def renameat2(task: Task, olddirfd: DirFd, oldpath: Path, newdirfd: DirFd, newpa
     return _rename(task, olddirfd, oldpath, newdirfd, newpath, flags)
 
 
-# -- changing ------------------------------------------------------------------------------------------------------------
+# -- changing --------------------------------------------------------------------------------------------------------
 def _chmod(task: Task, dirfd: int, pathname: int, mode: int, flags: int) -> int:
     if flags & ~(AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH):
         return -errno.EINVAL
     path = task.mm.read_cstring(pathname, PATH_MAX)
     place = place_at(task, dirfd, path, not flags & AT_SYMLINK_NOFOLLOW, bool(flags & AT_EMPTY_PATH))
-    ops.chmod(task, place.mount, place.inode, mode)
+    ops.chmod(task, place, place.inode, mode)
     return 0
 
 
@@ -406,7 +445,7 @@ def fchmodat2(task: Task, dirfd: DirFd, pathname: Path, mode: Mode, flags: UInt)
 @syscall(91)
 def fchmod(task: Task, fd: Fd, mode: Mode) -> int:
     file = task.files.get_io(fd)
-    ops.chmod(task, file.path.mount if file.path is not None else None, file.inode, mode)
+    ops.chmod(task, file.path, file.inode, mode)
     return 0
 
 
@@ -415,7 +454,7 @@ def _chown(task: Task, dirfd: int, pathname: int, owner: int, group: int, flags:
         return -errno.EINVAL
     path = task.mm.read_cstring(pathname, PATH_MAX)
     place = place_at(task, dirfd, path, not flags & AT_SYMLINK_NOFOLLOW, bool(flags & AT_EMPTY_PATH))
-    ops.chown(task, place.mount, place.inode, owner, group)
+    ops.chown(task, place, place.inode, owner, group)
     return 0
 
 
@@ -437,7 +476,7 @@ def fchownat(task: Task, dirfd: DirFd, pathname: Path, owner: UInt, group: UInt,
 @syscall(93)
 def fchown(task: Task, fd: Fd, owner: UInt, group: UInt) -> int:
     file = task.files.get_io(fd)
-    ops.chown(task, file.path.mount if file.path is not None else None, file.inode, owner, group)
+    ops.chown(task, file.path, file.inode, owner, group)
     return 0
 
 
@@ -456,13 +495,15 @@ def _clamp(seconds: int) -> int:
     return max(-(1 << 33), min(seconds, 1 << 33))
 
 
-def _set_times(task: Task, dirfd: int, path: bytes | None, times: tuple[int | None, int | None] | None, flags: int) -> int:
+def _set_times(
+    task: Task, dirfd: int, path: bytes | None, times: tuple[int | None, int | None] | None, flags: int
+) -> int:
     if path is None:
         file = task.files.get_io(dirfd)
-        ops.set_times(task, file.path.mount if file.path is not None else None, file.inode, times)
+        ops.set_times(task, file.path, file.inode, times)
         return 0
     place = place_at(task, dirfd, path, not flags & AT_SYMLINK_NOFOLLOW, bool(flags & AT_EMPTY_PATH))
-    ops.set_times(task, place.mount, place.inode, times)
+    ops.set_times(task, place, place.inode, times)
     return 0
 
 
@@ -532,7 +573,7 @@ def _file_size_signal(task: Task) -> int:
     return -errno.EFBIG
 
 
-# -- where a process is --------------------------------------------------------------------------------------------------
+# -- where a process is ----------------------------------------------------------------------------------------------
 def _directory(task: Task, place: vfs.Path) -> vfs.Path:
     inode = place.inode
     if inode.mode & S_IFMT != S_IFDIR:
@@ -586,7 +627,7 @@ def umask(task: Task, mask: Mode) -> int:
     return old
 
 
-# -- file systems as a whole ---------------------------------------------------------------------------------------------
+# -- file systems as a whole -----------------------------------------------------------------------------------------
 @syscall(162)
 def sync(task: Task) -> int:
     from kvmsentry.fs.mounts import all_mounts
@@ -614,5 +655,3 @@ def name_to_handle_at(task: Task, dirfd: DirFd, pathname: Path, handle: UserPtr,
 @syscall(304, partial="there are no handles to open")
 def open_by_handle_at(task: Task, mount_fd: Fd, handle: UserPtr, flags: Int) -> int:
     return -errno.EPERM if not task.creds.capable(CAP_DAC_READ_SEARCH) else -errno.ESTALE
-
-

@@ -1,4 +1,5 @@
-"""The overlay against a real directory: the same random operations on both, then the same names, contents and attributes."""
+"""The overlay against a real directory: the same random operations on both, then the same names, contents and
+attributes."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from fs_world import AT_FDCWD, FsTask, FsWorld
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as hs
 
-NAMES = [b"a", b"b", b"dir", b"dir/x", b"dir/y", b"dir/sub", b"dir/sub/z", b"new", b"new/n", b"link", b"big", b"hard1", b"hard2",
+NAMES = [b"a", b"b", b"dir", b"dir/x", b"dir/y", b"dir/sub", b"dir/sub/z", b"new", b"new/n", b"link", b"big", b"hard1",
+b"hard2",
          b"dir/loop"]  # fmt: skip
 names = hs.sampled_from(NAMES)
 OPERATIONS = hs.one_of(
@@ -34,7 +36,8 @@ OPERATIONS = hs.one_of(
 def populate(root: bytes) -> None:
     """The image both sides start from."""
     os.makedirs(root + b"/dir/sub")
-    for name, data in ((b"a", b"alpha"), (b"dir/x", b"x" * 5000), (b"dir/sub/z", b"z"), (b"big", bytes(range(256)) * 50),
+    for name, data in ((b"a", b"alpha"), (b"dir/x", b"x" * 5000), (b"dir/sub/z", b"z"), (b"big", bytes(range(256)) *
+    50),
                        (b"hard1", b"linked")):  # fmt: skip
         with open(root + b"/" + name, "wb") as file:
             file.write(data)
