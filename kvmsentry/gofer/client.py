@@ -450,7 +450,7 @@ class Node:
         return entries
 
     def readdir_pages(self) -> Iterator[list[tuple[bytes, Attr]]]:
-        """The same in pieces as the server sends them; do not abandon the iterator of a directory you read again."""
+        """The same in pieces as the server sends them, so that a huge directory need not be held at once."""
         client = self.client
         if not client.extended:
             yield from self._readdir_plain()

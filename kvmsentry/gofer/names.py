@@ -119,6 +119,7 @@ class NameMessages(Session):
                 raise Errno(ENOTDIR)
             self._opening(fid)
             opened = self.opens[fid] = Open(self.nodes.open(node, os.O_RDONLY))
+            opened.implicit = True
         if opened.fd < 0 or opened.value is not None:
             raise Errno(EBADF)
         if opened.scan is None or cookie != opened.cookie:
@@ -132,7 +133,6 @@ class NameMessages(Session):
         return opened
 
     def t_readdirattr(self, tag: int, fid: int, cookie: int, count: int) -> bytes:
-        was_open = fid in self.opens
         opened = self._scan(fid, cookie, False)
         room = min(count, self.msize - 32)
         parts: list[bytes] = []
@@ -167,7 +167,7 @@ class NameMessages(Session):
         opened.cookie += done
         if full and not parts:
             raise Errno(EINVAL)  # not even one entry fits
-        if not full and not was_open:  # read in one go: nothing stays open
+        if not full and opened.implicit:
             self.opens.pop(fid).close()
         data = b"".join(parts)
         return p9._HEAD.pack(p9.HEADER + 12 + len(data), 203, tag) + struct.pack(

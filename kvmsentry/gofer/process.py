@@ -143,8 +143,11 @@ def _child(trees: list[TreeSpec], namespaces: bool | None, sock: socket.socket, 
         if not inside_pid and os.getppid() != parent:
             return 1  # the parent died before we asked to die with it
         os.setsid()  # a terminal's ^C is for the Sentry to handle
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(signum, signal.SIG_DFL)
+        for signum in signal.valid_signals():  # handlers of the parent's Python must not run here
+            if callable(signal.getsignal(signum)):
+                signal.signal(signum, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         os.umask(0)
         _quiet_stdio()

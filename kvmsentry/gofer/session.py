@@ -34,11 +34,12 @@ _stat = os.stat
 class Open:
     """What a fid has besides its node: an open file, a directory being read, or an xattr in transit."""
 
-    __slots__ = ("fd", "scan", "cookie", "pending", "value", "xattr")
+    __slots__ = ("fd", "scan", "implicit", "cookie", "pending", "value", "xattr")
 
     def __init__(self, fd: int = -1) -> None:
         self.fd = fd
         self.scan: Iterator[Any] | None = None
+        self.implicit = False  # opened by readdirattr, closed when that has read everything
         self.cookie = 0  # number of entries handed out so far
         self.pending: tuple[bytes, bytes] | None = None  # an entry that did not fit the last reply
         self.value: bytearray | None = None  # xattr: bytes read or written

@@ -198,6 +198,31 @@ def test_many_fids_need_few_descriptors(alone: Server, tree: Path) -> None:
     assert _fds() == before
 
 
+def test_an_abandoned_directory_is_read_again_and_closed(alone: Server, tree: Path) -> None:
+    before = _fds()
+    alone.extended = True
+    names = set()
+    for request in (
+        p9.T.attach.encode(1, 0, p9.NOFID, b"", b"", 0),
+        p9.T.readdirattr.encode(1, 0, 0, 200),  # two entries, and more to come
+        p9.T.readdirattr.encode(1, 0, 0, 1 << 20),  # from the start
+        p9.T.readdirattr.encode(1, 0, 3, 200),  # from the middle, without having read the start
+        p9.T.readdirattr.encode(1, 0, 3, 1 << 20),
+        p9.T.readdirattr.encode(1, 0, 1 << 60, 1 << 20),  # past the end
+    ):
+        reply = alone.handle(request, 0, len(request))
+        assert reply is not None and reply[4] == request[4] + 1
+        if request[4] == p9.T.readdirattr.number:
+            following, data = p9.R.readdirattr.decode(reply, 7, len(reply))
+            names.add((following, len(data) > 0))
+    assert names == {(2, True), (0, True), (5, True), (0, False)}
+    request = p9.T.readdirattr.encode(1, 0, 0, 50)  # not even one entry fits
+    reply = alone.handle(request, 0, len(request))
+    assert reply is not None and reply[4] == 7
+    alone.reset()
+    assert _fds() == before
+
+
 def test_limits_on_fids(alone: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "FIDS_MOST", 3)
     monkeypatch.setattr(session, "OPENS_MOST", 1)
