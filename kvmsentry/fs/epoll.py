@@ -39,17 +39,39 @@ class Item:
         self.events = (events & ~PRIVATE) | POLLERR | POLLHUP
 
     def notify(self, mask: int) -> bool:
-        """The file has news."""
+        """The file has news; never takes it from others."""
+        self.fire(mask)
+        return False
+
+    def fire(self, mask: int) -> bool:
+        """The file has news. True when somebody woke."""
         if not mask & self.events:
             return False
         epoll = self.epoll
         epoll.ready[self] = None
-        epoll.wake()
-        return bool(self.mode & EPOLLEXCLUSIVE)
+        return epoll.wake()
 
     def ended(self, file: File) -> None:
         """The last descriptor of the file was closed."""
         self.epoll.drop(self)
+
+
+class Herd:
+    """The exclusive items on one file: they stand in its queue as one, and news goes to them in turn until somebody
+    wakes (EPOLLEXCLUSIVE)."""
+
+    __slots__ = ("items",)
+
+    def __init__(self) -> None:
+        self.items: OrderedDict[Item, None] = OrderedDict()
+
+    def notify(self, mask: int) -> bool:
+        """The file has news."""
+        for item in list(self.items):
+            if item.fire(mask):
+                self.items.move_to_end(item)
+                break
+        return False
 
 
 class EpollFile(AnonFile):
@@ -66,12 +88,12 @@ class EpollFile(AnonFile):
         self.ready: OrderedDict[Item, None] = OrderedDict()
         self.parents: dict[Item, None] = {}  # items of other epolls that watch this one
 
-    def wake(self) -> None:
-        """Something is ready."""
-        if self.sleepers.waiters:
-            self.sleepers.wake(POLLIN, 1)
+    def wake(self) -> bool:
+        """Something is ready. True when a sleeper woke."""
+        woke = bool(self.sleepers.waiters) and self.sleepers.wake(POLLIN, 1) > 0
         if self.queue.waiters:
             self.queue.wake(POLLIN | POLLRDNORM)
+        return woke
 
     # -- control ---------------------------------------------------------------------------------------------------
     def add(self, fd: int, file: File, events: int, data: int) -> None:
@@ -86,7 +108,14 @@ class EpollFile(AnonFile):
             raise Errno(errno.ELOOP)
         item = Item(self, file, fd, events, data)
         self.items[fd, file] = item
-        file.queue.add(item)
+        if item.mode & EPOLLEXCLUSIVE:
+            herd = file.__dict__.get("herd")
+            if herd is None:
+                herd = file.__dict__["herd"] = Herd()
+                file.queue.add(herd)
+            herd.items[item] = None
+        else:
+            file.queue.add(item)
         if file.endings is None:
             file.endings = {}
         file.endings[item.ended] = None
@@ -122,7 +151,13 @@ class EpollFile(AnonFile):
         self.items.pop((item.fd, item.file), None)
         self.ready.pop(item, None)
         file = item.file
-        if file.queue is not None:
+        herd = file.__dict__.get("herd") if item.mode & EPOLLEXCLUSIVE else None
+        if herd is not None:
+            herd.items.pop(item, None)
+            if not herd.items and file.queue is not None:
+                del file.__dict__["herd"]
+                file.queue.remove(herd)
+        elif file.queue is not None:
             file.queue.remove(item)
         if file.endings is not None:
             file.endings.pop(item.ended, None)

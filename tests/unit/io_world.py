@@ -3,8 +3,8 @@
     io = IoWorld(); t = io.task
     io.pipe(t) == (r, w);  io.do(t, "write", w, io.put(t, b"x"), 1) == 1
 
-`do` returns the result, or None when the task has parked; `result(task)` is what it was answered later. When nothing can
-happen any more, the clock jumps to the next timer if `io.jump` is set.
+`do` returns the result, or None when the task has parked; `result(task)` is what it was answered later. When nothing
+can happen any more, the clock jumps to the next timer if `io.jump` is set.
 """
 
 from __future__ import annotations
@@ -150,7 +150,8 @@ class IoWorld(KernelWorld):
         return value - (1 << 64) if value >> 63 else value
 
     def interrupted(self, task: Task) -> int:
-        """What the system call that a handler interrupts will return: RAX in the frame that delivery has built at RSP."""
+        """What the system call that a handler interrupts will return: RAX in the frame that delivery has built at
+        RSP."""
         assert task.ctx.log[-1] == "reload"
         value = struct.unpack("<q", task.mm.read(task.ctx.regs[6] + 8 + 40 + 13 * 8, 8))[0]
         return int(value)
