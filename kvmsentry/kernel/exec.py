@@ -137,6 +137,8 @@ def parse_script(head: bytes) -> tuple[bytes, bytes | None]:
 # -- the call --
 def execve(task: Task, dirfd: int, path: bytes, argv: int, envp: int, flags: int) -> Any:
     """execveat(2) with the strings still in user memory; see `do_exec`."""
+    if not path and not flags & AT_EMPTY_PATH:
+        raise Errno(errno.ENOENT)
     if flags & ~(AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW):
         raise Errno(errno.EINVAL)
     arguments = read_strings(task.mm, argv)
@@ -206,8 +208,6 @@ def _start_of(task: Task, path: bytes, dirfd: int, flags: int) -> tuple[Path | N
     """Where the walk starts, AT_EXECFN, and whether the program can't be named once descriptors are closed."""
     if path[:1] == b"/" or (dirfd == AT_FDCWD and path):
         return None, path, False
-    if not path and not flags & AT_EMPTY_PATH:
-        raise Errno(errno.ENOENT)
     if dirfd == AT_FDCWD:
         return task.fs.cwd, b".", False
     file = task.files.get(dirfd)
