@@ -31,7 +31,20 @@ _S32 = "(({} & 0x7fffffff) - ({} & 0x80000000))"
 _S64 = "(({} & 0x7fffffffffffffff) - ({} & 0x8000000000000000))"
 
 # The annotations of handlers. For mypy they are all plain ints; `KINDS` maps the name to its conversion.
-Fd = Int = UInt = Long = ULong = Size = UserPtr = Path = Mode = OpenFlags = Pid = Signal = Offset = DirFd = int
+Fd = int
+Int = int
+UInt = int
+Long = int
+ULong = int
+Size = int
+UserPtr = int
+Path = int
+Mode = int
+OpenFlags = int
+Pid = int
+Signal = int
+Offset = int
+DirFd = int
 KINDS = {
     kind.name: kind
     for kind in (
@@ -98,8 +111,8 @@ def syscall(nr: int, *, partial: str = "", note: str = "") -> Callable[[Callable
     `note` a deviation that an application can see. Several decorators may stand on one handler."""
 
     def declare(handler: Callable[..., Any]) -> Callable[..., Any]:
-        if rows[nr] is not None:
-            raise ValueError(f"system call {nr} is declared twice: {rows[nr].name} and {handler.__name__}")
+        if (other := rows[nr]) is not None:
+            raise ValueError(f"system call {nr} is declared twice: {other.name} and {handler.__name__}")
         row = Row(nr, handler, partial, note)
         rows[nr] = row
         calls[nr] = row.call
