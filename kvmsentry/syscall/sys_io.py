@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
@@ -109,7 +109,7 @@ def _in_pieces(file: File, count: int, piece: Callable[[int, int], int]) -> int:
 def read_views(task: Task, file: File, fetch: Fetch, wait: bool = True) -> Any:
     """Read into what `fetch` gives, sleeping when there is nothing (unless O_NONBLOCK or not `wait`)."""
     views = fetch(0)
-    n = file.read_by(task, views) if file.flags & TASK_IO else file.read(views)  # type: ignore[attr-defined]
+    n = file.read_by(task, views) if file.flags & TASK_IO else file.read(views)
     if n.__class__ is not int:
         return n
     if n > 0:
@@ -125,10 +125,11 @@ async def _read_wait(task: Task, file: File, fetch: Fetch) -> int:
     file.refs += 1  # a close by another thread does not end this read
     try:
         by_task = file.flags & TASK_IO
-        queue = file.queue_by(task) if by_task else file.queue  # type: ignore[attr-defined]
+        queue = file.queue_by(task) if by_task else file.queue
+        assert queue is not None
         while True:
             await park(task, "read", queue, mask=READ_EVENTS)
-            n: int = file.read_by(task, fetch(0)) if by_task else file.read(fetch(0))  # type: ignore[attr-defined]
+            n: int = file.read_by(task, fetch(0)) if by_task else file.read(fetch(0))
             if n != EAGAIN:
                 if n > 0 and WATCHES:
                     accessed(file)
@@ -171,7 +172,7 @@ def write_views(task: Task, file: File, fetch: Fetch, count: int, wait: bool = T
     """Write the `count` bytes that `fetch` gives, sleeping when there is no room (unless O_NONBLOCK or not `wait`)."""
     views = fetch(0)
     try:
-        n = file.write_by(task, views) if file.flags & TASK_IO else file.write(views)  # type: ignore[attr-defined]
+        n = file.write_by(task, views) if file.flags & TASK_IO else file.write(views)
     except Errno as error:
         return write_failed(task, error)
     if n.__class__ is not int:
@@ -202,13 +203,13 @@ async def _write_wait(task: Task, file: File, fetch: Fetch, count: int, n: int) 
     done = max(n, 0)
     try:
         by_task = file.flags & TASK_IO
-        queue = file.queue
+        queue = file.queue_by(task) if by_task else file.queue
         assert queue is not None
         while True:
             if n == EAGAIN:
                 await park(task, "write", queue, mask=WRITE_EVENTS)
             views = fetch(done)
-            n = file.write_by(task, views) if by_task else file.write(views)  # type: ignore[attr-defined]
+            n = file.write_by(task, views) if by_task else file.write(views)
             if n == EAGAIN:
                 continue
             if n < 0:
@@ -603,5 +604,3 @@ def _pipe(task: Task, fds: int, flags: int) -> int:
         raise
     return 0
 
-
-AsyncResult = int | Coroutine[Any, Any, int]

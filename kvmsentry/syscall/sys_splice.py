@@ -49,7 +49,9 @@ Wait = tuple[WaitQueue | None, int]
 Step = Callable[[int], tuple[int, Wait | None]]  # bytes wanted -> bytes moved or -errno, what to wait for on EAGAIN
 
 
-def _run(task: Task, files: tuple[File, ...], step: Step, count: int, wait: bool, whole: bool, end: Callable[[], None]) -> Any:
+def _run(
+    task: Task, files: tuple[File, ...], step: Step, count: int, wait: bool, whole: bool, end: Callable[[], None]
+) -> Any:
     """Drive `step` for `count` bytes: all of it when `whole`, else what comes at once. `end` is called when bytes were
     moved. EPIPE brings SIGPIPE."""
     done = 0
