@@ -3,8 +3,10 @@
     keyboard --in_fd--> input (our line discipline) --> TtyFile.read
     screen <--out_fd-- outgoing <-- output processing <-- TtyFile.write
 
-The host's terminal is in raw mode: echo, ^C and line editing are ours. The launcher sets and restores that. Both descriptors
-are set to non-blocking: the Sentry's one thread never waits for a slow screen. What does not fit waits in `outgoing` until
+The host's terminal is in raw mode: echo, ^C and line editing are ours. The launcher sets and restores that. Both
+descriptors
+are set to non-blocking: the Sentry's one thread never waits for a slow screen. What does not fit waits in `outgoing`
+until
 the host says that there is room, and writers are held back meanwhile.
 """
 

@@ -79,8 +79,10 @@ _s32 = struct.Struct("<i")
 _termios = struct.Struct("<4IB19s")  # struct termios, uapi/asm-generic/termbits.h
 _termios2 = struct.Struct("<4IB19s2I")
 _termio = struct.Struct("<4HB8s")
-_BAUD = {0: 0, 1: 50, 2: 75, 3: 110, 4: 134, 5: 150, 6: 200, 7: 300, 8: 600, 9: 1200, 10: 1800, 11: 2400, 12: 4800, 13: 9600,
-         14: 19200, 15: 38400, 0x1001: 57600, 0x1002: 115200, 0x1003: 230400, 0x1004: 460800, 0x1005: 500000, 0x1006: 576000,
+_BAUD = {0: 0, 1: 50, 2: 75, 3: 110, 4: 134, 5: 150, 6: 200, 7: 300, 8: 600, 9: 1200, 10: 1800, 11: 2400, 12: 4800,
+13: 9600,
+         14: 19200, 15: 38400, 0x1001: 57600, 0x1002: 115200, 0x1003: 230400, 0x1004: 460800, 0x1005: 500000,
+         0x1006: 576000,
          0x1007: 921600, 0x1008: 1000000, 0x1009: 1152000, 0x100A: 1500000, 0x100B: 2000000, 0x100C: 2500000,
          0x100D: 3000000, 0x100E: 3500000, 0x100F: 4000000}  # fmt: skip
 _BOTHER = 0x1000
@@ -149,7 +151,8 @@ class Tty(ttydisc.LineDiscipline):
         process.session.tty = self
 
     def session_ended(self, session: Session) -> None:
-        """The leader of the session has exited or given its terminal up: the foreground group is hung up and the terminal
+        """The leader of the session has exited or given its terminal up: the foreground group is hung up and the
+        terminal
         is free for another session (disassociate_ctty). Called by exit, after or before `session.tty` was cleared."""
         if self.session is not session:
             return

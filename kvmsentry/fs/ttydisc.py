@@ -4,8 +4,10 @@
     write(2) --output processing (OPOST)--> emit --> screen
 
 It follows drivers/tty/n_tty.c closely, since its habits are visible: what a chunk of input that holds an interrupt
-character does to the echo of the bytes before it, when a full line stops taking input, how a tab is rubbed out. The order of
-the tests in `_special` is that of n_tty_receive_char_special. Whoever owns the wires (a pty, the host's terminal) implements
+character does to the echo of the bytes before it, when a full line stops taking input, how a tab is rubbed out. The
+order of
+the tests in `_special` is that of n_tty_receive_char_special. Whoever owns the wires (a pty, the host's terminal)
+implements
 the hooks at the end of the class.
 """
 
@@ -188,7 +190,11 @@ class LineDiscipline:
     def _strip(self, c: int) -> int:
         if self.termios.iflag & ISTRIP:
             c &= 0x7F
-        if self.termios.iflag & IUCLC and self.termios.lflag & IEXTEN and (65 <= c <= 90 or (192 <= c <= 222 and c != 215)):
+        if (
+            self.termios.iflag & IUCLC
+            and self.termios.lflag & IEXTEN
+            and (65 <= c <= 90 or (192 <= c <= 222 and c != 215))
+        ):
             c += 32
         return c
 
@@ -542,7 +548,11 @@ class LineDiscipline:
                     gone += 1
         else:
             gone = n = min(count, len(buffer))
-            if self.termios.lflag & (EXTPROC | ICANON) == EXTPROC | ICANON and count and bytes(buffer) == bytes(self.termios.cc[VEOF : VEOF + 1]):
+            if (
+                self.termios.lflag & (EXTPROC | ICANON) == EXTPROC | ICANON
+                and count
+                and bytes(buffer) == bytes(self.termios.cc[VEOF : VEOF + 1])
+            ):
                 n = 0  # the last byte is an end of file: a read of nothing
         data = bytes(buffer[:n])
         del buffer[:gone]

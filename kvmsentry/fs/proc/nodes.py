@@ -1,7 +1,10 @@
-"""The kinds of files that procfs and sysfs are made of: text generated when it is read, directories that know their names.
+"""The kinds of files that procfs and sysfs are made of: text generated when it is read, directories that know their
+names.
 
-A text file's content is made when it is read from its beginning and kept with the open file, so that a program that reads in
-pieces sees one consistent snapshot, and one that seeks back to the beginning (top, free) sees a fresh one: seq_file's habit.
+A text file's content is made when it is read from its beginning and kept with the open file, so that a program that
+reads in
+pieces sees one consistent snapshot, and one that seeks back to the beginning (top, free) sees a fresh one: seq_file's
+habit.
 """
 
 from __future__ import annotations
@@ -54,7 +57,8 @@ class TextFile(File):
             if self.text is None:
                 raise Errno(errno.EIO)
             made = self.text(self.task)
-            snapshot = self._snapshot = made.encode("utf-8", "surrogateescape") if made.__class__ is str else made  # type: ignore
+            snapshot = made.encode("utf-8", "surrogateescape") if isinstance(made, str) else made
+            self._snapshot = snapshot
         if pos >= len(snapshot):
             return 0
         return scatter(views, memoryview(snapshot)[pos:] if pos else snapshot)
@@ -108,7 +112,8 @@ class LinkInode(Inode):
 
 
 class TreeInode(Inode):
-    """A directory with a fixed set of names. A value is an Inode, or a function of the super block that makes one when it is
+    """A directory with a fixed set of names. A value is an Inode, or a function of the super block that makes one when
+    it is
     first looked up."""
 
     def __init__(self, sb: SuperBlock, entries: dict[bytes, Any] | None = None, mode: int = 0o555) -> None:

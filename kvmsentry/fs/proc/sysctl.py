@@ -1,6 +1,7 @@
 """/proc/sys: the kernel's knobs; proc(5), Documentation/admin-guide/sysctl. Values live once per sandbox in `Sysctls`.
 
-A row says path, first value, and who may write what: nothing (read-only), a number in a range, or text. What other parts of
+A row says path, first value, and who may write what: nothing (read-only), a number in a range, or text. What other
+parts of
 the kernel want to know they read with `sysctl(kernel).number(b"net/core/somaxconn")`.
 """
 

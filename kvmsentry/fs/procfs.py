@@ -1,0 +1,314 @@
+"""procfs: the file system at /proc, proc(5).
+
+    root --self--> "42"      --thread-self--> "42/task/43"      --sys, net, meminfo ...--> fs/proc/
+      \\--42--> ProcessInode --status, fd, maps ...--> rows below     --task--> --43--> ProcessInode of a thread
+
+Nothing is believed from the name cache, but the inodes stay the same as long as the process lives, so that a look-up
+costs two
+dictionary accesses and makes no garbage. What is inside is made when it is read.
+"""
+
+from __future__ import annotations
+
+import errno
+import stat as st
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from kvmsentry.errors import Errno
+from kvmsentry.fs.proc import links, memory, net, process, sysctl, system
+from kvmsentry.fs.proc.nodes import KernelSuper, LinkInode, TextInode, TreeInode
+from kvmsentry.fs.vfs import DT_DIR, DT_LNK, DT_REG, Inode, SuperBlock
+
+if TYPE_CHECKING:
+    from kvmsentry.kernel.kernel import Kernel
+    from kvmsentry.kernel.task import Process, Task
+
+PROC_SUPER_MAGIC = 0x9FA0  # uapi/linux/magic.h
+
+Show = Callable[[Any, Any], "str | bytes"]
+Take = Callable[[Any, Any, bytes], None]
+
+
+def _fixed(value: str) -> Show:
+    return lambda reader, target: value
+
+
+_ID_MAP = "         0          0 4294967295\n"
+
+# name: (mode, text(reader, target), store(writer, target, data))
+FILES: dict[bytes, tuple[int, Show, Take | None]] = {
+    b"auxv": (0o400, memory.auxv, None),
+    b"cgroup": (0o444, _fixed("0::/\n"), None),
+    b"clear_refs": (0o200, _fixed(""), process.ignored_write),
+    b"cmdline": (0o444, memory.cmdline, None),
+    b"comm": (0o644, process.comm, process.set_comm),
+    b"coredump_filter": (0o644, process.coredump_filter, process.set_coredump_filter),
+    b"cpuset": (0o444, _fixed("/\n"), None),
+    b"environ": (0o400, memory.environ, None),
+    b"gid_map": (0o444, _fixed(_ID_MAP), None),
+    b"io": (0o400, process.io, None),
+    b"limits": (0o444, process.limits, None),
+    b"loginuid": (0o644, process.loginuid, process.set_loginuid),
+    b"maps": (0o444, memory.maps, None),
+    b"mountinfo": (0o444, process.mountinfo, None),
+    b"mounts": (0o444, process.mounts, None),
+    b"mountstats": (0o400, process.mountstats, None),
+    b"oom_adj": (0o644, process.oom_adj, process.set_oom_adj),
+    b"oom_score": (0o444, process.oom_score, None),
+    b"oom_score_adj": (0o644, process.oom_score_adj, process.set_oom_score_adj),
+    b"personality": (0o400, process.personality, None),
+    b"projid_map": (0o444, _fixed(_ID_MAP), None),
+    b"sched": (0o444, process.sched, None),
+    b"schedstat": (0o444, process.schedstat, None),
+    b"sessionid": (0o444, _fixed("4294967295"), None),
+    b"setgroups": (0o444, _fixed("allow\n"), None),
+    b"smaps": (0o444, memory.smaps, None),
+    b"smaps_rollup": (0o444, memory.smaps_rollup, None),
+    b"stack": (0o400, process.stack, None),
+    b"stat": (0o444, process.stat, None),
+    b"statm": (0o444, memory.statm, None),
+    b"status": (0o444, process.status, None),
+    b"syscall": (0o400, process.syscall, None),
+    b"timers": (0o444, process.timers, None),
+    b"timerslack_ns": (0o666, process.timerslack, process.set_timerslack),
+    b"uid_map": (0o444, _fixed(_ID_MAP), None),
+    b"wchan": (0o444, process.wchan, None),
+}
+_ONLY_PROCESS = frozenset((b"mountstats", b"coredump_filter", b"timers", b"timerslack_ns"))
+_LINKS: dict[bytes, Callable[[Any], Any]] = {
+    b"cwd": lambda task: task.fs.cwd if task.fs is not None else None,
+    b"exe": lambda task: task.process.exe if task.mm is not None else None,
+    b"root": lambda task: task.fs.root if task.fs is not None else None,
+}
+_DIRECTORIES = (b"attr", b"fd", b"fdinfo", b"net", b"ns")
+
+
+class ProcessInode(Inode):
+    """/proc/PID, or with a `task` /proc/PID/task/TID."""
+
+    sb: ProcSuper
+
+    def __init__(self, sb: ProcSuper, process: Process, task: Task | None = None) -> None:
+        super().__init__(sb, st.S_IFDIR | 0o555)
+        self.process, self.task = process, task
+        self._children: dict[bytes, Inode] = {}
+        self.refresh()
+
+    def target(self) -> Task:
+        """The thread it is about; ESRCH when it is no more."""
+        task = self.task
+        if task is None:
+            process = self.process
+            if self.sb.kernel.processes.get(process.pid) is not process:
+                raise Errno(errno.ESRCH)
+            return process.leader
+        if self.process.threads.get(task.tid) is not task:
+            raise Errno(errno.ESRCH)
+        return task
+
+    def refresh(self) -> None:
+        """The owner is whose process it is; root's if it may not be looked into (task_dump_owner)."""
+        process = self.process
+        if process.dumpable == 1:
+            creds = (self.task or process.leader).creds
+            self.uid, self.gid = creds.euid, creds.egid
+        else:
+            self.uid = self.gid = 0
+
+    def lookup(self, name: bytes) -> Inode:
+        """One of the rows above."""
+        self.target()
+        child = self._children.get(name)
+        if child is None:
+            child = self._make(name)
+            self._children[name] = child
+        self.refresh()
+        if child.uid != self.uid or child.gid != self.gid:
+            if name != b"net":
+                child.uid, child.gid = self.uid, self.gid
+        return child
+
+    def _make(self, name: bytes) -> Inode:
+        sb, target = self.sb, self.target
+        row = FILES.get(name)
+        if row is not None and not (self.task is not None and name in _ONLY_PROCESS):
+            return _text(sb, target, row, name == b"stat" and self.task is not None)
+        if name in _LINKS:
+            return links.PlaceLink(sb, target, _LINKS[name])
+        if name == b"mem":
+            return memory.MemInode(sb, target)
+        if name == b"fd" or name == b"fdinfo":
+            return links.FdDirectory(sb, target, name == b"fdinfo")
+        if name == b"ns":
+            return TreeInode(sb, {kind: links.NsLink(sb, target, kind) for kind in links.NAMES}, 0o511)
+        if name == b"net":
+            return sb.net
+        if name == b"attr":
+            return TreeInode(sb, {b"current": _text(sb, target, (0o444, process.no_label, None), False)})
+        if name == b"task" and self.task is None:
+            return ThreadsInode(sb, self.process)
+        if name == b"children" and self.task is not None:
+            return _text(sb, target, (0o444, process.children, None), False)
+        raise Errno(errno.ENOENT)
+
+    def readdir(self) -> Iterable[tuple[bytes, int, int]]:
+        """All rows."""
+        names = [*((name, DT_DIR) for name in _DIRECTORIES), *((name, DT_LNK) for name in _LINKS), (b"mem", DT_REG)]
+        if self.task is None:
+            names.append((b"task", DT_DIR))
+            names += [(name, DT_REG) for name in FILES]
+        else:
+            names.append((b"children", DT_REG))
+            names += [(name, DT_REG) for name in FILES if name not in _ONLY_PROCESS]
+        for name, kind in names:
+            yield name, self.lookup(name).ino, kind
+
+
+def _text(sb: SuperBlock, target: Callable[[], Task], row: tuple[int, Show, Take | None], thread: bool) -> Inode:
+    mode, show, take = row
+
+    def text(reader: Task) -> str | bytes:
+        return process.stat(reader, target(), True) if thread else show(reader, target())
+
+    def store(writer: Task, data: bytes) -> None:
+        assert take is not None
+        take(writer, target(), data)
+
+    return TextInode(sb, text, mode, store if take is not None else None)
+
+
+class ThreadsInode(Inode):
+    """/proc/PID/task."""
+
+    sb: ProcSuper
+
+    def __init__(self, sb: ProcSuper, process: Process) -> None:
+        super().__init__(sb, st.S_IFDIR | 0o555)
+        self.process = process
+        self._children: dict[int, ProcessInode] = {}
+
+    def lookup(self, name: bytes) -> Inode:
+        """A living thread."""
+        tid = _pid(name)
+        task = self.process.threads.get(tid)
+        if task is None:
+            self._children.pop(tid, None)
+            raise Errno(errno.ENOENT)
+        child = self._children.get(tid)
+        if child is None or child.task is not task:
+            child = self._children[tid] = ProcessInode(self.sb, self.process, task)
+        child.refresh()
+        return child
+
+    def readdir(self) -> Iterable[tuple[bytes, int, int]]:
+        """All threads."""
+        for tid in sorted(self.process.threads):
+            name = b"%d" % tid
+            try:
+                yield name, self.lookup(name).ino, DT_DIR
+            except Errno:
+                continue
+
+    def refresh(self) -> None:
+        """One link for each thread."""
+        self.nlink = 2 + len(self.process.threads)
+
+
+def _pid(name: bytes) -> int:
+    """A decimal number without leading zeros; ENOENT."""
+    if not name.isdigit() or len(name) > 9 or name[0] == 48:
+        raise Errno(errno.ENOENT)
+    return int(name)
+
+
+class RootInode(TreeInode):
+    """/proc itself."""
+
+    sb: ProcSuper
+
+    def __init__(self, sb: ProcSuper, entries: dict[bytes, Any]) -> None:
+        super().__init__(sb, entries)
+        self.ino = 1
+        self._processes: dict[int, ProcessInode] = {}
+
+    def lookup(self, name: bytes) -> Inode:
+        """A process, or one of the fixed names."""
+        if name in self.entries:
+            return super().lookup(name)
+        pid = _pid(name)
+        kernel = self.sb.kernel
+        process, thread = kernel.processes.get(pid), None
+        if process is None:  # the directory of a thread can be entered by its number, though it is not listed
+            thread = kernel.tasks.get(pid)
+            if thread is None:
+                self._processes.pop(pid, None)
+                raise Errno(errno.ENOENT)
+            process = thread.process
+        child = self._processes.get(pid)
+        if child is None or child.process is not process:
+            known = self._processes
+            if len(known) > 2 * len(kernel.processes) + 64:
+                self._processes = known = {p: i for p, i in known.items() if kernel.processes.get(p) is i.process}
+            child = known[pid] = ProcessInode(self.sb, process)
+        child.refresh()
+        return child
+
+    def readdir(self) -> Iterable[tuple[bytes, int, int]]:
+        """The fixed names, then all processes by number."""
+        yield from super().readdir()
+        for pid in sorted(self.sb.kernel.processes):
+            name = b"%d" % pid
+            try:
+                yield name, self.lookup(name).ino, DT_DIR
+            except Errno:
+                continue
+
+    def refresh(self) -> None:
+        """A link for each process, as Linux counts."""
+        self.nlink = 2 + len(self.sb.kernel.processes)
+
+
+def _self(task: Task | None) -> bytes:
+    if task is None:
+        raise Errno(errno.ENOENT)
+    return b"%d" % task.process.pid
+
+
+def _thread_self(task: Task | None) -> bytes:
+    if task is None:
+        raise Errno(errno.ENOENT)
+    return b"%d/task/%d" % (task.process.pid, task.tid)
+
+
+class ProcSuper(KernelSuper):
+    """The file system. Make it before the Sentry is locked down: it looks once at the host's processor."""
+
+    magic = PROC_SUPER_MAGIC
+    fstype = "proc"
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__(kernel)
+        system.host_processor()
+        self.net = net.build(self)
+        entries = system.entries()
+        entries[b"self"] = LinkInode(self, _self)
+        entries[b"thread-self"] = LinkInode(self, _thread_self)
+        entries[b"sys"] = sysctl.build(self, kernel)
+        entries[b"tty"] = TreeInode(self, {b"drivers": TextInode(self, lambda task: _TTY_DRIVERS),
+                                           b"ldiscs": TextInode(self, lambda task: "n_tty       0\n")})  # fmt: skip
+        entries[b"sysvipc"] = TreeInode(self, {})
+        entries[b"bus"] = TreeInode(self, {})
+        entries[b"driver"] = TreeInode(self, {})
+        entries[b"fs"] = TreeInode(self, {})
+        entries[b"irq"] = TreeInode(self, {})
+        self.root: Inode = RootInode(self, entries)
+
+
+_TTY_DRIVERS = (
+    "/dev/tty             /dev/tty        5       0 system:/dev/tty\n"
+    "/dev/console         /dev/console    5       1 system:console\n"
+    "/dev/ptmx            /dev/ptmx       5       2 system\n"
+    "pty_slave            /dev/pts      136 0-1023 pty:slave\n"
+    "pty_master           /dev/ptm      128 0-1023 pty:master\n"
+)
