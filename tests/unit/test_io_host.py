@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import pty
+import select
 import socket
 import struct
 
@@ -141,6 +142,7 @@ def test_a_terminal_without_a_terminal_of_ours(io):
     assert io.do(t, "ioctl", fd, 0x5412, io.at(t)) == -errno.ENOTTY  # TIOCSTI never reaches the host
     assert io.read(t, fd, 20) is None
     os.write(master, b"line\n")
+    select.select([slave], [], [], 10)  # the host's terminal takes its time
     assert io.got(t) == b"line\n"
     assert io.write(t, fd, b"out") == 3 and os.read(master, 9) == b"out"
     hostfile.restore_terminal(t.files.files[fd])
