@@ -21,6 +21,7 @@ from kvmsentry.mm.vma import MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, 
 BASE = 0x10_0000_0000 - 24 * PAGE  # the arena straddles a 2 MiB and a 1 GiB border
 SMALL = 48  # pages of the arena that operations like to meet in
 HUGE_AT = BASE + 24 * PAGE + HUGE  # a second arena, of three 2 MiB units
+HOT = [BASE + n * PAGE for n in (0, 1, 3, 24)] + [HUGE_AT + PAGE]  # met again and again
 PROTS = st.sampled_from([0, 1, 3, 3, 3, 5, 7])
 
 
@@ -98,7 +99,6 @@ class Machine(RuleBasedStateMachine):
         space.populate_bytes = 8 * PAGE
         space.private_copy_bytes = 4 * PAGE
         space.fault_bytes = space.cow_bytes = 4 * PAGE
-        space.fork_copy_bytes = 12 * PAGE
         self.spaces.append((space, pages, Processor(self.world, space)))
 
     @initialize()
@@ -110,7 +110,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(
         which=st.integers(0, 3),
-        page=st.integers(0, SMALL - 1),
+        page=st.one_of(st.sampled_from([0, 0, 20]), st.integers(0, SMALL - 1)),
         count=st.integers(1, 20),
         prot=PROTS,
         kind=st.sampled_from(["anon", "anon", "shm", "private", "shared"]),
@@ -171,6 +171,8 @@ class Machine(RuleBasedStateMachine):
     def mprotect(self, which: int, where: tuple[int, int], prot: int) -> None:
         space, pages, _ = self.pick(which)
         va, count = where
+        for at in (va, va + (count - 1) * PAGE):
+            self.write(which, at, False, self.fresh())
         hole = False
         try:
             space.mprotect(va, count * PAGE, prot)
@@ -183,6 +185,10 @@ class Machine(RuleBasedStateMachine):
                 return
             pages[at].prot = prot
         assert not hole
+        for at in (va, va + (count - 1) * PAGE):
+            self.execute(which, at)
+            self.write(which, at, True, self.fresh())
+            self.write(which, at, False, self.fresh())
 
     @rule(which=st.integers(0, 3), where=where)
     def dontneed(self, which: int, where: tuple[int, int]) -> None:
@@ -201,7 +207,12 @@ class Machine(RuleBasedStateMachine):
                 else:
                     page.cell.data = self.private_data[page.origin[1] * PAGE : page.origin[1] * PAGE + 8]
 
-    @rule(which=st.integers(0, 3), where=where, to_page=st.integers(0, SMALL - 1), grow=st.integers(-3, 6))
+    @rule(
+        which=st.integers(0, 3),
+        where=where,
+        to_page=st.one_of(st.sampled_from([0, 0, 20]), st.integers(0, SMALL - 1)),
+        grow=st.integers(-3, 6),
+    )
     def mremap(self, which: int, where: tuple[int, int], to_page: int, grow: int) -> None:
         space, pages, _ = self.pick(which)
         va, count = where
@@ -241,14 +252,26 @@ class Machine(RuleBasedStateMachine):
             pages[to + index * PAGE] = ModelPage(Cell(bytes(8)), first.prot, False, None)
 
     @precondition(lambda self: len(self.spaces) < 4)
-    @rule(which=st.integers(0, 3))
-    def fork(self, which: int) -> None:
+    @rule(which=st.integers(0, 3), budget=st.sampled_from([0, 0, 12, 600]), warm=st.booleans())
+    def fork(self, which: int, budget: int, warm: bool) -> None:
         space, pages, _ = self.pick(which)
+        space.fork_copy_bytes = budget * PAGE
+        if warm:
+            for at in HOT:
+                self.write(which, at, False, self.fresh())
         child = {
             at: ModelPage(page.cell if page.shared else Cell(page.cell.data), page.prot, page.shared, page.origin)
             for at, page in pages.items()
         }
         self.add(space.fork(), child)
+        if warm:
+            for at in HOT:
+                self.write(which, at, False, self.fresh())
+                self.write(len(self.spaces) - 1, at, budget == 0, self.fresh())
+
+    def fresh(self) -> bytes:
+        self.serial += 1
+        return self.serial.to_bytes(8, "little")
 
     @precondition(lambda self: len(self.spaces) > 1)
     @rule(which=st.integers(0, 3))
@@ -258,6 +281,7 @@ class Machine(RuleBasedStateMachine):
         space.destroy()
 
     touch = st.one_of(
+        st.sampled_from(HOT),
         st.integers(0, SMALL + 19).map(lambda n: BASE + n * PAGE),
         st.sampled_from([0, 1, 3, 511, 512, 700, 1023, 1024, 1535]).map(lambda n: HUGE_AT + n * PAGE),
     )
@@ -284,6 +308,10 @@ class Machine(RuleBasedStateMachine):
         if fine:
             assert page is not None
             page.cell.data = value
+        # Whoever may hold an old translation of the page looks again: the kernel, the processor, the other spaces.
+        for who in self.spaces:
+            self.check(who, at, not by_kernel)
+            self.check(who, at, by_kernel)
 
     def check_signal(self, page: ModelPage | None, need: int, result: tuple[int, int]) -> None:
         if page is None:
@@ -355,6 +383,6 @@ class Machine(RuleBasedStateMachine):
 
 
 Machine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=40, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestModel = Machine.TestCase
