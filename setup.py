@@ -49,15 +49,10 @@ def build_stub() -> None:
         return os.path.join(OUT, name)
 
     compiler = os.environ.get("CC", "gcc").split()
-    subprocess.run(
-        [*compiler, "-ffreestanding", "-c", f"-I{STUB}", f"-I{OUT}", "-o", path("entry.o"), os.path.join(STUB, "entry.S")],
-        check=True,
-    )
-    subprocess.run(
-        ["ld", "-nostdlib", "-z", "noexecstack", "--build-id=none", "-e", "n_start", "-T", os.path.join(STUB, "stub.ld"),
-         "-o", path("stub.elf"), path("entry.o")],
-        check=True,
-    )
+    assemble = [*compiler, "-ffreestanding", "-c", f"-I{STUB}", f"-I{OUT}", "-o", path("entry.o")]
+    subprocess.run([*assemble, os.path.join(STUB, "entry.S")], check=True)
+    link = ["ld", "-nostdlib", "-z", "noexecstack", "--build-id=none", "-e", "n_start", "-o", path("stub.elf")]
+    subprocess.run([*link, "-T", os.path.join(STUB, "stub.ld"), path("entry.o")], check=True)
     subprocess.run(["objcopy", "-O", "binary", path("stub.elf"), path("stub.bin")], check=True)
     symbols = subprocess.run(["nm", path("stub.elf")], check=True, capture_output=True, text=True).stdout
     with open(path("stub.bin"), "rb") as file:

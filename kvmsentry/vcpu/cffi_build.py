@@ -23,8 +23,13 @@ ffibuilder.set_source(
     "kvmsentry.vcpu._kvm",
     '#include "ks.h"\n#include "api.h"\n',
     sources=[os.path.join(HERE, f"{name}.c") for name in SOURCES],
-    depends=[os.path.join(HERE, "ks.h"), os.path.join(HERE, "api.h"), "guest_stub/layout.h", "guest_stub/out/stub_blob.h",
-             "guest_stub/out/constants.h"],
+    depends=[
+        os.path.join(HERE, "ks.h"),
+        os.path.join(HERE, "api.h"),
+        "guest_stub/layout.h",
+        "guest_stub/out/stub_blob.h",
+        "guest_stub/out/constants.h",
+    ],
     include_dirs=[HERE, "guest_stub", os.path.join("guest_stub", "out")],
     extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fno-strict-aliasing"],
 )

@@ -7,7 +7,7 @@ Guest-virtual memory, as every address space sees it:
 
     0000000000000000 ..            user space, up to USER_TOP: VMAs, the application's
     ffff800000000000 .. (39 bits)  LINEAR_BASE: guest-physical memory, ring 0 only, PML4 entry 256
-    ffffff0000000000 .. (4 GiB)    WINDOW: what the ring 3 entry uses, PML4 entry 510; not there on hosts with a ring 0 entry
+    ffffff0000000000 .. (4 GiB)    WINDOW: what the ring 3 entry uses, PML4 entry 510; none with the ring 0 entry
     ffffffff80000000 ..            STUB_BASE: the ring 0 stub, PML4 entry 511
 
 Guest-physical memory: the machine's own memslot at 0 (below), RAM after it, file windows in the upper half of the

@@ -46,8 +46,8 @@ class Window:
 class Context:
     """One guest thread's processor. Attributes of an event hold until the context is answered."""
 
-    __slots__ = ("_args", "_cpu_before", "_machine", "_nr", "_slot", "_v", "args", "error_code", "event", "fault_address", "id", "mmu",
-                 "next_mmu", "nr", "owner", "regs", "vector")
+    __slots__ = ("_args", "_cpu_before", "_machine", "_nr", "_slot", "_v", "args", "error_code", "event",
+                 "fault_address", "id", "mmu", "next_mmu", "nr", "owner", "regs", "vector")
 
     regs: memoryview
     event: int
@@ -77,7 +77,7 @@ class Context:
         _reply(self._v, result)
 
     def reload(self) -> None:
-        """All 20 registers were rewritten in `regs` (and perhaps the processor state, the address space): go on with them."""
+        """All 20 registers were rewritten in `regs` (perhaps state and address space too): go on with them."""
         if self.next_mmu is not None:
             self._machine._move(self)
         _reload(self._v)
@@ -92,7 +92,7 @@ class Context:
         lib.ks_kick(self._v)
 
     def xsave(self) -> bytes:
-        """FPU, SSE, AVX state in XSAVE's standard format (SDM vol. 1, 13.4), platform.xsave_size bytes; while stopped."""
+        """FPU, SSE, AVX state in XSAVE's standard format (SDM vol. 1, 13.4), xsave_size bytes; while stopped."""
         size = self._machine.xsave_size
         area = bytearray(size)
         rc = lib.ks_xsave(self._v, ffi.from_buffer(area), size)
@@ -101,7 +101,7 @@ class Context:
         return bytes(area)
 
     def set_xsave(self, data: bytes | None) -> None:
-        """Processor state for the next reload(); None is the initial state. What the processor would refuse is masked."""
+        """Processor state for the next reload(); None is the initial one. What the processor would refuse is masked."""
         if data is None:
             lib.ks_xinit(self._v)
         else:
@@ -147,7 +147,8 @@ class Machine:
         self._vcpus: dict[int, Any] = {}
         self._pool: list[Any] = []
         self._windows: dict[int, Window] = {}
-        self._frames = list(range(layout.GPA_CHANNELS + (layout.CHANNEL_FRAMES - 1) * PAGE, layout.GPA_CHANNELS - PAGE, -PAGE))
+        channels = range(layout.GPA_CHANNELS, layout.GPA_CHANNELS + layout.CHANNEL_FRAMES * PAGE, PAGE)
+        self._frames = list(reversed(channels))
         self._watched: dict[int, Callable[[int], None]] = {}
         self._epoll_fd: int = lib.ks_epoll_fd(self._m)
         self._epoll = select.epoll.fromfd(os.dup(self._epoll_fd))
@@ -279,14 +280,14 @@ class Machine:
     # Events.
 
     def wait(self, timeout_ns: int) -> Context | None:
-        """The next context with an event. None: the time is over, host descriptors were served, or wake(). timeout_ns < 0
-        waits for ever, 0 looks once."""
+        """The next context with an event. None: the time is over, host descriptors were served, or wake().
+        timeout_ns < 0 waits for ever, 0 looks once."""
         n = _wait(self._m, timeout_ns)
         if 0 <= n <= 0xFFFF:  # EV_SYSCALL << 16 | id
             ctx = self._contexts[n]
-            ctx.event = EV_SYSCALL  # type: ignore[union-attr]
-            ctx.nr = ctx._nr[0]  # type: ignore[union-attr]
-            ctx.args = _unpack_args(ctx._args)  # type: ignore[union-attr]
+            ctx.event = EV_SYSCALL
+            ctx.nr = ctx._nr[0]
+            ctx.args = _unpack_args(ctx._args)
             return ctx
         return self._other(n)
 
@@ -318,8 +319,8 @@ class Machine:
         return None
 
     def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
-        """Calls callback(ready events) inside wait() whenever the host's descriptor is ready (level triggered). Watching
-        it again replaces events and callback. HostError when epoll cannot watch it."""
+        """Calls callback(ready events) inside wait() whenever the host's descriptor is ready (level triggered).
+        Watching it again replaces events and callback. HostError when epoll cannot watch it."""
         try:
             if fd in self._watched:
                 self._epoll.modify(fd, events)
@@ -344,8 +345,8 @@ class Machine:
     # Page tables.
 
     def invalidate(self, mmu: Any, tables: list[int]) -> None:
-        """Makes removed and narrowed entries hold on every vCPU before it returns. `tables`: GPAs of the page-table pages
-        of mmu that lost them, or that were freed and are about to be reused."""
+        """Makes removed and narrowed entries hold on every vCPU before it returns. `tables`: GPAs of the page-table
+        pages of mmu that lost them, or that were freed and are about to be reused."""
         if self.nested:
             rc = lib.ks_flush_tlbs(self._m)
         elif tables:

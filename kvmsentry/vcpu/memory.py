@@ -48,7 +48,7 @@ class Ranges:
         self._ends.insert(at, end)
 
     def take(self, length: int, align: int, phase: int) -> int | None:
-        """A start congruent to phase modulo align with length bytes free behind it, now taken; None when there is none."""
+        """A start congruent to phase modulo align with length bytes free behind it, now taken; or None."""
         for at, (start, end) in enumerate(zip(self._starts, self._ends, strict=True)):
             candidate = start + (phase - start) % align
             if candidate + length > end:
@@ -123,7 +123,7 @@ class GuestMemory:
 
     def map_file(self, fd: int, offset: int, length: int, writable: bool) -> int:
         """MAP_SHARED of fd's bytes offset..offset+length; returns the GPA, congruent to offset modulo 2 MiB when length
-        is 2 MiB or more. Errno as mmap(2) gives it (ENODEV, EACCES, ...); ENOMEM when windows or memslots are used up."""
+        is 2 MiB or more. Errno as mmap(2) gives it (ENODEV, EACCES, ...); ENOMEM when windows or slots are used up."""
         length = (length + PAGE - 1) & ~(PAGE - 1)
         if offset % PAGE or length <= 0:
             raise Errno(errno.EINVAL)

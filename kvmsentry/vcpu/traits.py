@@ -18,8 +18,11 @@ from kvmsentry.errors import HostError
 from ._kvm import ffi, lib
 
 VERSION = 3  # of the answers: raise it when a question changes
-MEND_NO_DEVICE = "load KVM with 'modprobe kvm_amd' or 'modprobe kvm_intel'; in a virtual machine, enable nested virtualisation"
+MEND_NO_DEVICE = (
+    "load KVM with 'modprobe kvm_amd' or 'modprobe kvm_intel'; in a virtual machine, enable nested virtualisation"
+)
 MEND_PERMISSION = "add yourself to group kvm with 'usermod -aG kvm $USER' and log in again, or chmod or chown /dev/kvm"
+MEND_OLD = "kvmsentry needs a processor of 2012 or later, and a host that passes its features on"
 MEND_BUSY = "another hypervisor holds the processor's virtualisation: stop VirtualBox or VMware, or unload its module"
 
 
@@ -85,11 +88,11 @@ def probe(kvm: int) -> dict[str, Any]:
     traits["entry"] = "ring0" if traits["ring0_native"] and traits["syscall_ring0"] else "ring3"
     traits["paging"] = "nested" if traits["sees_outside_writes"] else "shadow"
     if not traits["fsgsbase"]:
-        raise HostError("KVM offers no FSGSBASE", 0, "kvmsentry needs a processor of 2012 or later, and a host that passes it on")
+        raise HostError("KVM offers no FSGSBASE", 0, MEND_OLD)
     if traits["sync_regs"] & 3 != 3 or not traits["immediate_exit"]:
-        raise HostError("KVM lacks KVM_CAP_SYNC_REGS or KVM_CAP_IMMEDIATE_EXIT", 0, "a host kernel of 4.17 or later has them")
+        raise HostError("KVM lacks KVM_CAP_SYNC_REGS or KVM_CAP_IMMEDIATE_EXIT", 0, "Linux 4.17 and later have them")
     if not traits["xcr0"] & 3:
-        raise HostError("KVM offers no XSAVE", 0, "kvmsentry needs a processor with XSAVE, and a host that passes it on")
+        raise HostError("KVM offers no XSAVE", 0, MEND_OLD)
     if traits["syscall_ring0"] and not traits["ring0_native"]:
         raise HostError("KVM emulates ring 0 and SYSCALL enters it", 0, "this kind of host is not known")
     return traits

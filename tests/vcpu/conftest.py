@@ -31,8 +31,8 @@ def programs() -> tuple[bytes, dict[str, int]]:
         kept.mkdir(parents=True, exist_ok=True)
         subprocess.run(["gcc", "-c", "-o", str(kept / "p.o"), str(source)], check=True)
         subprocess.run(["objcopy", "-O", "binary", "-j", ".text", str(kept / "p.o"), str(kept / "p.bin")], check=True)
-        lines = subprocess.run(["nm", str(kept / "p.o")], check=True, capture_output=True, text=True).stdout.splitlines()
-        symbols = {name: int(value, 16) for value, kind, name in map(str.split, lines) if kind == "T"}
+        listing = subprocess.run(["nm", str(kept / "p.o")], check=True, capture_output=True, text=True).stdout
+        symbols = {name: int(value, 16) for value, kind, name in map(str.split, listing.splitlines()) if kind == "T"}
         (kept / "symbols.json").write_text(json.dumps(symbols))
     return (kept / "p.bin").read_bytes(), json.loads((kept / "symbols.json").read_text())
 

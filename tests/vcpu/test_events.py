@@ -116,12 +116,13 @@ def test_wild_return_address(bench: Bench) -> None:
 def test_kick_of_a_computing_guest(bench: Bench) -> None:
     ctx = bench.context("p_spin")
     ctx.reload()
-    last = 0
-    for _ in range(20):
+    last = moved = 0
+    while moved < 5:  # a kick that comes before the guest ran again finds the same registers (K3)
         assert bench.machine.wait(2_000_000) is None
         ctx.kick()
         assert bench.wait() is ctx
-        assert ctx.event == EV_KICKED and ctx.regs[RBX] > last
+        assert ctx.event == EV_KICKED and ctx.regs[RBX] >= last
+        moved += ctx.regs[RBX] > last
         assert ctx.regs[RIP] - bench.address("p_spin") in (0, 3) and ctx.regs[RSP] == STACK + 0x3000
         last = ctx.regs[RBX]
         ctx.reload()
