@@ -363,13 +363,17 @@ class PipeFile(File):
             return 0
         raise Errno(errno.ENOTTY)
 
-    def label(self) -> bytes:
-        """`pipe:[inode number]`; FIFOs have a path instead."""
-        return b"pipe:[%d]" % self.inode.ino
-
     def fsync(self) -> None:
         """EINVAL: a pipe has no storage."""
         raise Errno(errno.EINVAL)
+
+
+class UnnamedPipeFile(PipeFile):
+    """An end of a pipe made by pipe(2)."""
+
+    def label(self) -> bytes:
+        """What /proc/PID/fd/N shows; FIFOs have a path instead."""
+        return b"pipe:[%d]" % self.inode.ino
 
 
 def new_pipe(task: Task, flags: int) -> tuple[PipeFile, PipeFile]:
@@ -378,8 +382,8 @@ def new_pipe(task: Task, flags: int) -> tuple[PipeFile, PipeFile]:
     inode = Inode(pipefs(), S_IFIFO | 0o600, creds.fsuid, creds.fsgid)
     pipe = Pipe()
     inode.pipe = pipe  # type: ignore[attr-defined]
-    reader = PipeFile(pipe, inode, None, O_RDONLY | (flags & O_NONBLOCK))
-    return reader, PipeFile(pipe, inode, None, O_WRONLY | (flags & (O_NONBLOCK | O_DIRECT)))
+    reader = UnnamedPipeFile(pipe, inode, None, O_RDONLY | (flags & O_NONBLOCK))
+    return reader, UnnamedPipeFile(pipe, inode, None, O_WRONLY | (flags & (O_NONBLOCK | O_DIRECT)))
 
 
 def open_fifo(task: Task, inode: Inode, path: Path | None, flags: int) -> PipeFile | Coroutine[Any, Any, PipeFile]:
@@ -395,7 +399,7 @@ def open_fifo(task: Task, inode: Inode, path: Path | None, flags: int) -> PipeFi
         pipe = Pipe()
         inode.pipe = pipe  # type: ignore[attr-defined]
         inode.mtime = time.time_ns()
-    file = PipeFile(pipe, inode, path, flags)
+    file = (UnnamedPipeFile if inode.sb is pipefs() else PipeFile)(pipe, inode, path, flags)
     pipe.queue.wake()  # whoever waits in open for this end
     if access == O_RDONLY and not pipe.writers:
         if flags & O_NONBLOCK:
