@@ -13,7 +13,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs.vfs import FOLLOW, MAY_EXEC, MAY_READ, MS_NOEXEC, MS_NOSUID, O_RDONLY, File, Inode, Path, permission, walk
+from kvmsentry.fs.vfs import (
+    FOLLOW,
+    MAY_EXEC,
+    MAY_READ,
+    MS_NOEXEC,
+    MS_NOSUID,
+    O_RDONLY,
+    File,
+    Inode,
+    Path,
+    permission,
+    walk,
+)
 from kvmsentry.kernel import cap, exit, signals
 from kvmsentry.kernel.task import (
     RLIMIT_AS,
@@ -29,7 +41,7 @@ from kvmsentry.kernel.traps import park
 from kvmsentry.mm import elf
 from kvmsentry.mm.space import AddressSpace
 from kvmsentry.mm.stack import MAX_ARG_STRLEN
-from kvmsentry.syscall.abi_signal import FRAME_SIZE, SI_KERNEL, SIG_DFL, SIG_IGN, SIGCHLD, SIGSEGV, SS_DISABLE
+from kvmsentry.syscall.abi_signal import FRAME_SIZE, SI_KERNEL, SIGCHLD, SIGSEGV, SS_DISABLE
 from kvmsentry.syscall.table import RELOAD
 from kvmsentry.vcpu.layout import FS_BASE, GS_BASE, NREGS, RFLAGS, RFLAGS_FIXED, RIP, RSP, USER_TOP
 
@@ -427,10 +439,7 @@ def _reset(task: Task, process: Process, new: _New) -> None:
     if sighand.users > 1:
         sighand.users -= 1
         task.sighand = sighand = sighand.copy()
-    for action in sighand.actions:
-        if action.handler != SIG_IGN:
-            action.handler = SIG_DFL
-        action.flags = action.mask = action.restorer = 0
+    sighand.reset()
     for timer in list(process.timers.values()):
         timer.delete()
     process.timers.clear()

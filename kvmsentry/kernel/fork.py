@@ -34,7 +34,7 @@ from kvmsentry.kernel.task import (
     UtsNamespace,
 )
 from kvmsentry.kernel.traps import ERESTARTNOINTR, WaitQueue, park
-from kvmsentry.syscall.abi_signal import NSIG_VALID, SIG_DFL, SIG_IGN, SIGCHLD
+from kvmsentry.syscall.abi_signal import NSIG_VALID, SIGCHLD
 from kvmsentry.vcpu.layout import FS_BASE, RAX, RSP, USER_TOP
 
 # uapi/linux/sched.h
@@ -137,9 +137,7 @@ def _copy_sighand(task: Task, flags: int) -> SigHand:
         return sighand
     new = sighand.copy()
     if flags & CLONE_CLEAR_SIGHAND:
-        for action in new.actions:
-            if action.handler != SIG_IGN:
-                action.handler, action.flags, action.mask = SIG_DFL, 0, 0
+        new.reset()
     return new
 
 

@@ -42,7 +42,26 @@ from kvmsentry.syscall.abi_signal import (
     XSAVE_HEADER,
     pack_siginfo,
 )
-from kvmsentry.vcpu.layout import R8, R9, R10, R11, R12, R13, R14, R15, RAX, RBP, RBX, RCX, RDI, RDX, RFLAGS, RIP, RSI, RSP
+from kvmsentry.vcpu.layout import (
+    R8,
+    R9,
+    R10,
+    R11,
+    R12,
+    R13,
+    R14,
+    R15,
+    RAX,
+    RBP,
+    RBX,
+    RCX,
+    RDI,
+    RDX,
+    RFLAGS,
+    RIP,
+    RSI,
+    RSP,
+)
 
 # The order of the registers in struct sigcontext.
 _ORDER = (R8, R9, R10, R11, R12, R13, R14, R15, RDI, RSI, RBP, RBX, RDX, RAX, RCX, RSP, RIP, RFLAGS)

@@ -14,7 +14,16 @@ from typing import Any
 
 from kvmsentry import log
 from kvmsentry.errors import Errno
-from kvmsentry.kernel.task import RLIMIT_CORE, RLIMIT_SIGPENDING, PendingSignals, Process, ProcessGroup, SigInfo, Task
+from kvmsentry.kernel.task import (
+    RLIMIT_CORE,
+    RLIMIT_SIGPENDING,
+    PendingSignals,
+    Process,
+    ProcessGroup,
+    SigAction,
+    SigInfo,
+    Task,
+)
 from kvmsentry.kernel.traps import (
     ERESTART_RESTARTBLOCK,
     ERESTARTNOHAND,
@@ -303,12 +312,12 @@ def force(task: Task, info: SigInfo) -> None:
     """A signal that the thread brought upon itself and cannot escape: if it is blocked or ignored, it kills
     (force_sig_info_to_task in kernel/signal.c)."""
     signo = info.signo
-    action = task.sighand.actions[signo]
+    actions = task.sighand.actions
     blocked = task.blocked >> (signo - 1) & 1
-    if blocked or action.handler == SIG_IGN:
-        action.handler = SIG_DFL
+    if blocked or actions[signo].handler == SIG_IGN:
+        actions[signo] = SigAction()
         task.blocked &= ~(1 << (signo - 1))
-    if action.handler == SIG_DFL:
+    if actions[signo].handler == SIG_DFL:
         task.process.unkillable = False
     flush(task.pending, 1 << (signo - 1))  # ours goes first and tells why
     task.pending.mask |= 1 << (signo - 1)
@@ -488,12 +497,12 @@ async def exit_to_user(task: Task, result: int | None) -> Any:
         task.saved_blocked = None
         flags, mask = action.flags, action.mask
         if flags & SA_RESETHAND:
-            action.handler = SIG_DFL
+            task.sighand.actions[signo] = SigAction(SIG_DFL, flags, action.restorer, mask)
         try:
             sigframe.deliver(task, info, handler, flags, action.restorer, saved)
         except Errno:
             if signo == SIGSEGV:
-                action.handler = SIG_DFL
+                task.sighand.actions[signo] = SigAction()
             force(task, SigInfo(SIGSEGV, SI_KERNEL, pid=0, uid=0))
             continue
         reload = True

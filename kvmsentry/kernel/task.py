@@ -59,7 +59,8 @@ class Credentials:
 
 
 class SigAction:
-    """struct sigaction as the kernel has it. `handler`: SIG_DFL 0, SIG_IGN 1 or an address."""
+    """struct sigaction as the kernel has it. `handler`: SIG_DFL 0, SIG_IGN 1 or an address. Never changed in place: copies of
+    a SigHand share them."""
 
     __slots__ = ("handler", "flags", "restorer", "mask")
 
@@ -78,9 +79,16 @@ class SigHand:
 
     def copy(self) -> SigHand:
         """For fork without CLONE_SIGHAND."""
-        new = SigHand()
-        new.actions = [SigAction(a.handler, a.flags, a.restorer, a.mask) for a in self.actions]
+        new = SigHand.__new__(SigHand)
+        new.actions, new.users = self.actions.copy(), 1
         return new
+
+    def reset(self) -> None:
+        """execve(2), CLONE_CLEAR_SIGHAND: handlers become SIG_DFL, SIG_IGN stays (flush_signal_handlers)."""
+        actions = self.actions
+        for signo, action in enumerate(actions):
+            if action.handler or action.flags or action.mask:
+                actions[signo] = SigAction(1 if action.handler == 1 else 0)
 
 
 class SigInfo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import Any
 
 from kvmsentry.errors import Errno
@@ -190,7 +191,7 @@ def _mce_kill(task: Task, what: int, how: int, *rest: int) -> int:
     return 0
 
 
-_OPTIONS = {
+_OPTIONS: dict[int, Callable[..., int]] = {
     PR_SET_PDEATHSIG: _set_pdeathsig,
     PR_GET_PDEATHSIG: _get_pdeathsig,
     PR_GET_DUMPABLE: lambda task, *_: task.process.dumpable,

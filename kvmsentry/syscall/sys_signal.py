@@ -10,10 +10,9 @@ from kvmsentry.errors import Errno
 from kvmsentry.fs.vfs import O_NONBLOCK
 from kvmsentry.kernel import cap, sigframe, signals
 from kvmsentry.kernel.pidfd import PidFile
-from kvmsentry.kernel.task import RLIMIT_NOFILE, Process, SigInfo, Task
+from kvmsentry.kernel.task import RLIMIT_NOFILE, Process, SigAction, SigInfo, Task
 from kvmsentry.kernel.traps import ERESTARTNOHAND, park
 from kvmsentry.syscall.abi_signal import (
-
     IGNORED,
     NSIG_VALID,
     SA_KNOWN,
@@ -50,8 +49,7 @@ def rt_sigaction(task: Task, signo: Signal, act: UserPtr, oldact: UserPtr, size:
     old = SIGACTION.pack(action.handler, action.flags, action.restorer, action.mask) if oldact else b""
     if act:
         handler, flags, restorer, mask = SIGACTION.unpack(task.mm.read(act, 32))
-        action.handler, action.flags, action.restorer = handler, flags & SA_KNOWN, restorer
-        action.mask = mask & ~UNBLOCKABLE
+        task.sighand.actions[signo] = SigAction(handler, flags & SA_KNOWN, restorer, mask & ~UNBLOCKABLE)
         if handler == SIG_IGN or (handler == SIG_DFL and IGNORED >> (signo - 1) & 1):
             bit = 1 << (signo - 1)
             process = task.process
@@ -323,7 +321,7 @@ def _pid_file(task: Task, fd: int) -> PidFile:
 def pidfd_send_signal(task: Task, fd: Fd, signo: Signal, info: UserPtr, flags: UInt) -> int:
     if flags:
         return -errno.EINVAL
-    process = _pid_file(task, fd).process
+    process: Process = _pid_file(task, fd).process
     if not 0 <= signo <= NSIG_VALID:
         return -errno.EINVAL
     if info:

@@ -10,7 +10,7 @@ from kernel_fakes import BASE, SCRATCH, KernelWorld, tiny_elf
 
 from kvmsentry.errors import Errno
 from kvmsentry.kernel import exec as exec_
-from kvmsentry.kernel.task import Credentials
+from kvmsentry.kernel.task import Credentials, SigAction
 from kvmsentry.vcpu.layout import FS_BASE, RAX, RIP, RSP
 
 GETPID, FORK, VFORK, CLONE, EXECVE, EXIT, WAIT4, KILL, EXIT_GROUP, WAITID = 39, 57, 58, 56, 59, 60, 61, 62, 231, 247
@@ -190,7 +190,7 @@ def test_init_takes_everybody_along(world):
 
 def test_ignored_sigchld_reaps(world):
     init = world.init()
-    init.sighand.actions[17].handler = 1
+    init.sighand.actions[17] = SigAction(1)
     pid = world.call(init, FORK)
     world.call(world.kernel.tasks[pid], EXIT, 0)
     assert pid not in world.kernel.processes
@@ -285,7 +285,7 @@ def test_parse_script(head, expected):
 
 def test_exec_resets_and_keeps(world):
     init = world.init()
-    init.sighand.actions[10].handler, init.sighand.actions[12].handler = 0x4444, 1
+    init.sighand.actions[10], init.sighand.actions[12] = SigAction(0x4444), SigAction(1)
     init.blocked = 1 << 9
     init.altstack = (0x1000, 0, 8192)
     init.clear_child_tid = SCRATCH
