@@ -44,7 +44,12 @@ def mmap(task: Task, addr: UserPtr, length: Size, prot: ULong, flags: UInt, fd: 
         if kind == MAP_SHARED_VALIDATE:
             flags = flags & ~MAP_TYPE | MAP_SHARED
         if kind != MAP_PRIVATE:
-            return task.mm.mmap(addr, length, prot & 7, flags, backing, offset, max_prot=7 if file.writable else 5)
+            writable = file.writable
+            if getattr(file.inode, "seals", 0) & 0x18:  # F_SEAL_WRITE, F_SEAL_FUTURE_WRITE
+                if prot & 2:
+                    return -errno.EPERM
+                writable = False
+            return task.mm.mmap(addr, length, prot & 7, flags, backing, offset, max_prot=7 if writable else 5)
     return task.mm.mmap(addr, length, prot & 7, flags, backing, offset)
 
 

@@ -190,6 +190,10 @@ def test_memfd_and_seals(io):
     assert io.do(t, "fcntl", fd, 1033, 8 | 1) == 0
     assert io.do(t, "pwrite64", fd, name, 1, 0) == -errno.EPERM
     assert io.do(t, "fcntl", fd, 1034, 0) == 15
+    assert io.do(t, "mmap", 0, 4096, 3, 1, fd, 0) == -errno.EPERM
+    at = io.do(t, "mmap", 0, 4096, 1, 1, fd, 0)
+    assert io.do(t, "mprotect", at, 4096, 3) == -errno.EACCES
+    assert io.do(t, "mmap", 0, 4096, 3, 2, fd, 0) > 0
     assert io.do(t, "fcntl", fd, 1033, 2) == -errno.EPERM
     plain = io.do(t, "memfd_create", name, 0)
     assert io.do(t, "fcntl", plain, 1034, 0) == 1
