@@ -130,7 +130,7 @@ class TablePool:
 class PageTables:
     """The Mmu of the KVM platform: one address space's tables.
 
-    `platform` gives `kernel_pml4_entries() -> list[(index, entry)]` for the part that all address spaces share, and
+    `platform` gives `kernel_pml4_entries() -> {index: entry}` for the part that all address spaces share, and
     `invalidate(mmu, tables)`. Addresses and lengths in bytes, page aligned; `prot` in PROT_ bits.
     """
 

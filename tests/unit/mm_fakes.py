@@ -79,10 +79,10 @@ class FakePlatform:
     """Notes invalidations; `kernel` is what every top-level table shares."""
 
     def __init__(self) -> None:
-        self.kernel = [(511, 0x1234003)]
+        self.kernel = {511: 0x1234003}
         self.calls: list[list[int]] = []
 
-    def kernel_pml4_entries(self) -> list[tuple[int, int]]:
+    def kernel_pml4_entries(self) -> dict[int, int]:
         return self.kernel
 
     def invalidate(self, mmu, tables: list[int]) -> None:
