@@ -144,6 +144,8 @@ class TreeInode(Inode):
             if child is None:
                 child = directory.entries[parent] = TreeInode(self.sb, {}, mode)
                 directory.nlink += 1
+            elif not isinstance(child, Inode):
+                child = directory.lookup(parent)  # made only when asked for, as now
             directory = child
         directory.entries[name] = entry
 
