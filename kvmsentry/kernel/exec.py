@@ -2,8 +2,8 @@
 
     open, `#!` --> parse --> new AddressSpace, filled --> other threads die --> the switch (nothing can fail any more)
 
-The old address space is whole until the switch, so that what is wrong with a file is an errno to the caller. What Linux finds
-out only after its own point of no return (a segment that can't be mapped) kills here as there.
+The old address space is whole until the switch, so that what is wrong with a file is an errno to the caller. What
+Linux finds out only after its own point of no return (a segment that can't be mapped) kills here as there.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class Opened:
 
 
 def _open(task: Task, place: Path) -> Opened:
-    """EACCES for what is no regular file, may not be executed or lies on a noexec mount; ETXTBSY when it is being written."""
+    """EACCES for what is no regular file, may not be executed or lies on a noexec mount; ETXTBSY when it is being
+    written."""
     inode = place.inode
     inode.refresh()
     if inode.mode & 0o170000 != 0o100000:
@@ -161,8 +162,8 @@ def execve(task: Task, dirfd: int, path: bytes, argv: int, envp: int, flags: int
 def do_exec(
     task: Task, path: bytes, argv: Sequence[bytes], envp: Sequence[bytes], dirfd: int = AT_FDCWD, flags: int = 0
 ) -> Any:
-    """Run the program at `path`; returns RELOAD, or a coroutine when other threads must die first. Raises Errno as execve(2)
-    does, with the task as it was."""
+    """Run the program at `path`; returns RELOAD, or a coroutine when other threads must die first. Raises Errno as
+    execve(2) does, with the task as it was."""
     process = task.process
     if process.exec_task is not None or process.exiting:
         raise Errno(errno.EAGAIN)
@@ -207,7 +208,9 @@ class _New:
 
     __slots__ = ("mm", "image", "opened", "creds", "secure", "comm")
 
-    def __init__(self, mm: Any, image: elf.Image, opened: Opened, creds: Credentials, secure: bool, comm: bytes) -> None:
+    def __init__(
+        self, mm: Any, image: elf.Image, opened: Opened, creds: Credentials, secure: bool, comm: bytes
+    ) -> None:
         self.mm, self.image, self.opened, self.creds, self.secure, self.comm = mm, image, opened, creds, secure, comm
 
     def discard(self) -> None:
@@ -328,8 +331,8 @@ def set_limits(mm: Any, rlimits: list[tuple[int, int]]) -> None:
 
 
 def new_credentials(task: Task, place: Path, inode: Inode) -> tuple[Credentials, bool]:
-    """Credentials after exec of `inode`, and AT_SECURE (capabilities(7), cap_bprm_creds_from_file in security/commoncap.c).
-    File capabilities are not looked at."""
+    """Credentials after exec of `inode`, and AT_SECURE (capabilities(7), cap_bprm_creds_from_file in
+    security/commoncap.c). File capabilities are not looked at."""
     old, process = task.creds, task.process
     euid, egid = old.euid, old.egid
     mode = inode.mode
@@ -364,8 +367,8 @@ def new_credentials(task: Task, place: Path, inode: Inode) -> tuple[Credentials,
     ):
         return old, secure
     new = old.replace(
-        euid=euid, suid=euid, fsuid=euid, egid=egid, sgid=egid, fsgid=egid, permitted=permitted, effective=new_effective,
-        ambient=ambient, securebits=old.securebits & ~cap.SECBIT_KEEP_CAPS,
+        euid=euid, suid=euid, fsuid=euid, egid=egid, sgid=egid, fsgid=egid, permitted=permitted,
+        effective=new_effective, ambient=ambient, securebits=old.securebits & ~cap.SECBIT_KEEP_CAPS,
     )  # fmt: skip
     return new, secure
 

@@ -51,8 +51,8 @@ def exit_group(process: Process, status: int) -> None:
 
 
 def do_exit(task: Task, status: int) -> None:
-    """End one thread, now; the task is no more afterwards (its handler returns GONE). `status` is the wait status of the
-    process if this was its last thread."""
+    """End one thread, now; the task is no more afterwards (its handler returns GONE). `status` is the wait status of
+    the process if this was its last thread."""
     kernel, process = task.kernel, task.process
     if task.ctx is not None:
         cputime.account_exit(task)
@@ -173,7 +173,9 @@ def _orphan_by_thread(task: Task) -> None:
             child.creator = heir
             for thread in list(child.threads.values()):
                 if thread.pdeath_signal:
-                    signals.send_process(child, SigInfo(thread.pdeath_signal, SI_USER, pid=process.pid, uid=task.creds.uid))
+                    signals.send_process(
+                        child, SigInfo(thread.pdeath_signal, SI_USER, pid=process.pid, uid=task.creds.uid)
+                    )
 
 
 def _group_dead(process: Process, last: Task) -> None:
@@ -336,8 +338,8 @@ def _eligible(task: Task, child: Process, options: int) -> bool:
 
 
 def find(task: Task, match: Callable[[Process], bool] | None, options: int) -> Found | None:
-    """The first child that has something to report under `options` (WEXITED, WSTOPPED, WCONTINUED, ...), reaped or marked as
-    reported unless WNOWAIT. ECHILD when no child matches at all."""
+    """The first child that has something to report under `options` (WEXITED, WSTOPPED, WCONTINUED, ...), reaped or
+    marked as reported unless WNOWAIT. ECHILD when no child matches at all."""
     any_child = False
     for child in task.process.children.values():
         if (match is not None and not match(child)) or not _eligible(task, child, options):

@@ -1,7 +1,7 @@
 """How tasks begin: clone(2) in all its forms, and init.
 
-`clone` checks, gathers what the child shares or copies (everything that may fail), and only then makes the task; what was
-gathered before a failure is given back. Forks are hot: an ordinary one costs little more than AddressSpace.fork.
+`clone` checks, gathers what the child shares or copies (everything that may fail), and only then makes the task; what
+was gathered before a failure is given back. Forks are hot: an ordinary one costs little more than AddressSpace.fork.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ CLONE_NEWTIME = 0x80
 CLONE_CLEAR_SIGHAND, CLONE_INTO_CGROUP = 1 << 32, 1 << 33
 NAMESPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWCGROUP
 OURS = CLONE_NEWNS | CLONE_NEWUTS  # the namespaces that can be made anew here
+HARMLESS = CLONE_VM | CLONE_VFORK | CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID  # fork and vfork: never a bad combination
 INVALID_PARENT_PIDFD = CLONE_PIDFD | CLONE_PARENT_SETTID
 
 # What init starts with, as a container engine gives it.
@@ -154,7 +155,7 @@ def clone(
 ) -> Any:
     """clone(2): a new task that returns 0 from the same call. Returns its tid, or a coroutine with CLONE_VFORK.
     Errors: EINVAL (flags), EAGAIN (RLIMIT_NPROC, ids, vCPUs), ENOMEM, EPERM (namespaces), EFAULT (pidfd)."""
-    if flags & ~(CLONE_VM | CLONE_VFORK | CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID):  # else fork and vfork, always right
+    if flags & ~HARMLESS:
         check_flags(task, flags)
     if task.work:
         return -ERESTARTNOINTR  # a signal first: the child must not begin with half of it
@@ -305,10 +306,11 @@ def create_process(
     tty: Any = None,
     start: bool = True,
 ) -> Task:
-    """A process that no other forked, in a session of its own: init (the first one), or what `kvmsentry exec` starts. `path`
-    is looked up from `cwd` and must be the file itself (PATH was searched by the caller). `files` passes to the process; `tty`
-    becomes the controlling terminal. It runs once it returns, unless `start` is False (then `start_process` does it).
-    Raises Errno as execve(2) does, with nothing left behind (but `files`, which stay the caller's)."""
+    """A process that no other forked, in a session of its own: init (the first one), or what `kvmsentry exec` starts.
+    `path` is looked up from `cwd` and must be the file itself (PATH was searched by the caller). `files` passes to the
+    process; `tty` becomes the controlling terminal. It runs once it returns, unless `start` is False (then
+    `start_process` does it). Raises Errno as execve(2) does, with nothing left behind (but `files`, which stay the
+    caller's)."""
     from kvmsentry.kernel import exec as exec_
     from kvmsentry.kernel import exit as exit_
 

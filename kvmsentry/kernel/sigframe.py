@@ -1,4 +1,5 @@
-"""The frame that a signal handler finds on its stack, and the way back from it (arch/x86/kernel/signal_64.c, fpu/signal.c).
+"""The frame that a signal handler finds on its stack, and the way back from it (arch/x86/kernel/signal_64.c,
+fpu/signal.c).
 
     sp before ->  red zone (128)
                   xsave area, 64-byte aligned, with FP_XSTATE_MAGIC2 behind it     <- uc_mcontext.fpstate
@@ -133,7 +134,8 @@ def deliver(task: Task, info: SigInfo, handler: int, flags: int, restorer: int, 
 
 
 def restore(task: Task) -> int:
-    """rt_sigreturn(2): load what the frame under RSP says; returns the signal mask to be set. EFAULT: the frame is bad."""
+    """rt_sigreturn(2): load what the frame under RSP says; returns the signal mask to be set. EFAULT: the frame is
+    bad."""
     ctx = task.ctx
     regs = ctx.regs
     mm = task.mm

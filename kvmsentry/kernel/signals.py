@@ -1,9 +1,9 @@
-"""Signals: sending, choosing a thread, and `exit_to_user`, which takes them before a task goes back to application code.
+"""Signals: sending, choosing a thread, and `exit_to_user`, which takes them on the way to application code.
 
-    send_* -> _queue -> PendingSignals --recompute--> task.work --kernel.interrupt--> exit_to_user -> frame | stop | death
+    send_* -> PendingSignals --recompute--> task.work --kernel.interrupt--> exit_to_user -> frame | stop | death
 
-Whatever changes a mask, a disposition or what is pending ends in `recompute`, so that `task.work` says exactly whether the task
-has something to do before it may run application code. Frames and rt_sigreturn(2) are in sigframe.py.
+Whatever changes a mask, a disposition or what is pending ends in `recompute`, so that `task.work` says exactly whether
+the task has something to do before it may run application code. Frames and rt_sigreturn(2) are in sigframe.py.
 """
 
 from __future__ import annotations
@@ -83,11 +83,7 @@ CONTINUED = 0xFFFF  # wait status of WIFCONTINUED
 def recompute(task: Task) -> None:
     """Bring `task.work` up to date; call after any change of masks, pending signals, stops or exits of `task`."""
     process = task.process
-    task.work = bool(
-        (task.pending.mask | process.pending.mask) & ~task.blocked
-        or process.stopped
-        or process.exiting
-    )
+    task.work = bool((task.pending.mask | process.pending.mask) & ~task.blocked or process.stopped or process.exiting)
 
 
 def recompute_all(process: Process) -> None:
@@ -118,8 +114,8 @@ def retarget(task: Task) -> None:
 
 
 def set_user_mask(task: Task, mask: int) -> None:
-    """ppoll(2), pselect(2), epoll_pwait(2), sigsuspend(2): another mask until the call returns. A call that ends without a
-    signal calls `restore_mask`; otherwise delivery does it."""
+    """ppoll(2), pselect(2), epoll_pwait(2), sigsuspend(2): another mask until the call returns. A call that ends
+    without a signal calls `restore_mask`; otherwise delivery does it."""
     saved = task.blocked
     task.blocked = mask & ~UNBLOCKABLE
     recompute(task)
@@ -153,7 +149,8 @@ def kill_task(task: Task) -> None:
 
 # -- sending --
 def is_ignored(process: Process, task: Task, signo: int) -> bool:
-    """Would `signo` be thrown away (sig_ignored in kernel/signal.c)? Blocked ones never are: the disposition may change."""
+    """Would `signo` be thrown away (sig_ignored in kernel/signal.c)? Blocked ones never are: the disposition may
+    change."""
     if task.blocked >> (signo - 1) & 1:
         return False
     handler = task.sighand.actions[signo].handler
@@ -448,8 +445,8 @@ def thread_left(process: Process) -> None:
 
 # -- on the way to application code --
 async def exit_to_user(task: Task, result: int | None) -> Any:
-    """Do what `task.work` stands for. `result`: what RAX is to become, None when the registers are as they shall be. Returns
-    an int (reply), RELOAD or GONE; `task.work` is False then unless it is GONE."""
+    """Do what `task.work` stands for. `result`: what RAX is to become, None when the registers are as they shall be.
+    Returns an int (reply), RELOAD or GONE; `task.work` is False then unless it is GONE."""
     from kvmsentry.kernel import exit as exit_
     from kvmsentry.kernel import sigframe
 
@@ -521,7 +518,8 @@ def _restart(task: Task, result: int) -> None:
 
 
 def _answer_handler(task: Task, result: int, flags: int) -> None:
-    """A handler runs first: put in RAX what the interrupted call returns after it, or wind back to it (handle_signal)."""
+    """A handler runs first: put in RAX what the interrupted call returns after it, or wind back to it
+    (handle_signal)."""
     regs = task.ctx.regs
     if result in (-ERESTARTNOHAND, -ERESTART_RESTARTBLOCK) or (result == -ERESTARTSYS and not flags & SA_RESTART):
         regs[RAX] = -errno.EINTR & ALL
@@ -532,4 +530,15 @@ def _answer_handler(task: Task, result: int, flags: int) -> None:
         regs[RAX] = result & ALL
 
 
-__all__ = ["CONTINUED", "begin_stop", "dequeue", "exit_to_user", "fault", "flush", "force", "send_group", "send_process", "send_task"]
+__all__ = [
+    "CONTINUED",
+    "begin_stop",
+    "dequeue",
+    "exit_to_user",
+    "fault",
+    "flush",
+    "force",
+    "send_group",
+    "send_process",
+    "send_task",
+]

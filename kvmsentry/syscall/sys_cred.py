@@ -1,7 +1,7 @@
 """User and group ids, supplementary groups, capability sets: setuid(2), setresuid(2), setgroups(2), capset(2).
 
-Credentials are never changed in place: every call makes a copy with changes and gives it to the calling thread (glibc makes all
-threads call; so does Linux's rule: ids belong to threads).
+Credentials are never changed in place: every call makes a copy with changes and gives it to the calling thread (glibc
+makes all threads call; so does Linux's rule: ids belong to threads).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Tasks begin, run another program, end and are waited for: fork(2), clone(2), execve(2), exit(2), wait4(2), ids, rusage."""
+"""Tasks begin, run another program, end and are waited for: fork(2), clone(2), execve(2), exit(2), wait4(2), ids,
+rusage."""
 
 from __future__ import annotations
 
@@ -118,8 +119,11 @@ def vfork(task: Task) -> Any:
     return fork.clone(task, CLONE_VFORK | CLONE_VM, SIGCHLD)
 
 
-@syscall(56, partial="of the namespaces only CLONE_NEWUTS and CLONE_NEWNS are made anew, others are EINVAL; CLONE_IO and "
-             "CLONE_SYSVSEM change nothing")  # fmt: skip
+@syscall(
+    56,
+    partial="of the namespaces only CLONE_NEWUTS and CLONE_NEWNS are made anew, others are EINVAL; "
+    "CLONE_IO and CLONE_SYSVSEM change nothing",
+)
 def clone(task: Task, flags: ULong, stack: UserPtr, parent_tid: UserPtr, child_tid: UserPtr, tls: ULong) -> Any:
     flags &= 0xFFFFFFFF
     if flags & fork.INVALID_PARENT_PIDFD == fork.INVALID_PARENT_PIDFD:
@@ -137,8 +141,8 @@ def clone3(task: Task, args: UserPtr, size: Size) -> Any:
     data = task.mm.read(args, size)
     if any(data[CLONE_ARGS.size :]):
         return -errno.E2BIG
-    (flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size, _cgroup) = CLONE_ARGS.unpack(
-        data[: CLONE_ARGS.size].ljust(CLONE_ARGS.size, b"\0")
+    (flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size, _cgroup) = (
+        CLONE_ARGS.unpack(data[: CLONE_ARGS.size].ljust(CLONE_ARGS.size, b"\0"))
     )
     if set_tid_size > 32 or bool(set_tid) != bool(set_tid_size) or exit_signal & ~CSIGNAL:
         return -errno.EINVAL
@@ -312,7 +316,9 @@ def _iovecs(task: Task, address: int, count: int) -> list[tuple[int, int]]:
     return vectors
 
 
-def _transfer(task: Task, pid: int, local: int, local_count: int, remote: int, remote_count: int, flags: int, write: bool) -> int:
+def _transfer(
+    task: Task, pid: int, local: int, local_count: int, remote: int, remote_count: int, flags: int, write: bool
+) -> int:
     if flags:
         return -errno.EINVAL
     here = _iovecs(task, local, local_count)
@@ -402,7 +408,9 @@ def unshare(task: Task, flags: ULong) -> int:
     )  # fmt: skip
     if flags & ~known or flags & fork.CLONE_NEWTIME:
         return -errno.EINVAL
-    if flags & (fork.CLONE_THREAD | fork.CLONE_SIGHAND | fork.CLONE_VM) and (len(task.process.threads) > 1 or task.mm.users > 1):
+    if flags & (fork.CLONE_THREAD | fork.CLONE_SIGHAND | fork.CLONE_VM) and (
+        len(task.process.threads) > 1 or task.mm.users > 1
+    ):
         return -errno.EINVAL
     if flags & fork.NAMESPACES:
         fork.check_namespaces(task, flags)
@@ -421,5 +429,3 @@ def unshare(task: Task, flags: ULong) -> int:
 def setns(task: Task, fd: Fd, kind: Int) -> int:
     task.files.get(fd)
     return -errno.EPERM
-
-

@@ -147,7 +147,10 @@ def prlimit64(task: Task, pid: Pid, resource: UInt, new: UserPtr, old: UserPtr) 
     process = _process(task, pid)
     if process is not task.process and not task.creds.capable(cap.SYS_RESOURCE):
         mine, theirs = task.creds, process.leader.creds
-        if not (mine.uid == theirs.uid == theirs.euid == theirs.suid and mine.gid == theirs.gid == theirs.egid == theirs.sgid):
+        if not (
+            mine.uid == theirs.uid == theirs.euid == theirs.suid
+            and mine.gid == theirs.gid == theirs.egid == theirs.sgid
+        ):
             return -errno.EPERM
     before = process.rlimits[resource]
     if wanted is not None:
@@ -164,7 +167,10 @@ def times(task: Task, buf: UserPtr) -> int:
     ticks = exit.clock_ticks
     if buf:
         task.mm.write(
-            buf, TMS.pack(ticks(cputime.of_process(process)), 0, ticks(process.children_user), ticks(process.children_system))
+            buf,
+            TMS.pack(
+                ticks(cputime.of_process(process)), 0, ticks(process.children_user), ticks(process.children_system)
+            ),
         )
     return ticks(task.kernel.now()) & 0x7FFF_FFFF_FFFF_FFFF
 
@@ -232,5 +238,3 @@ def ioprio_set(task: Task, which: Int, who: Int, value: Int) -> int:
             return -errno.EPERM
         other.ioprio = value & 0xFFFF
     return 0
-
-

@@ -182,7 +182,8 @@ async def _sigwait(task: Task, mask: int, info: int, deadline: int | None) -> in
 
 # -- sending --
 def may_signal(task: Task, process: Process, signo: int) -> bool:
-    """kill(2): the sender's real or effective uid is the target's real or saved one, or CAP_KILL; SIGCONT in a session."""
+    """kill(2): the sender's real or effective uid is the target's real or saved one, or CAP_KILL; SIGCONT in a
+    session."""
     mine, theirs = task.creds, process.leader.creds
     if mine.euid in (theirs.suid, theirs.uid) or mine.uid in (theirs.suid, theirs.uid) or process is task.process:
         return True

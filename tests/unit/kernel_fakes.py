@@ -3,8 +3,8 @@
     world = KernelWorld(); init = world.init()
     world.call(init, SYS_getpid) == 1
 
-`call` posts a system call of a task and lets the real loop run until there is nothing to do; None means that the task parked,
-died, or had its registers reloaded (look at `ctx.log`).
+`call` posts a system call of a task and lets the real loop run until there is nothing to do; None means that the task
+parked, died, or had its registers reloaded (look at `ctx.log`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import struct
 from collections import deque
 from typing import Any
+
+from mm_fakes import World
 
 from kvmsentry.errors import BrokenInvariant
 from kvmsentry.fs.tmpfs import TmpSuper
@@ -21,7 +23,6 @@ from kvmsentry.kernel.kernel import Kernel
 from kvmsentry.kernel.task import Credentials, Task
 from kvmsentry.syscall import table
 from kvmsentry.vcpu.layout import EV_EXCEPTION, EV_FAULT, EV_KICKED, EV_SYSCALL, RAX, RIP
-from mm_fakes import World
 
 if table.rows[39] is None:
     table.load()
