@@ -46,6 +46,11 @@ def test_census_of_its_descriptors(tmp_path: Path) -> None:
     gofer = start([TreeSpec("a", str(tmp_path)), TreeSpec("b", str(tmp_path))], namespaces=False)
     client = Client(gofer.sock)
     node = client.attach("a")
+    (tmp_path / "file").touch()
+    for _ in range(9):  # what is given away is not kept
+        found, fd = node.open_child(b"file", os.O_RDONLY)
+        assert found is not None and fd is not None
+        os.close(fd)
     node.getattr()
     assert len(os.listdir(f"/proc/{gofer.pid}/fd")) == 6
     os.close(extra)
