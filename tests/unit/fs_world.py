@@ -18,7 +18,7 @@ from kvmsentry.gofer.nodes import Tree
 from kvmsentry.gofer.server import Server
 from kvmsentry.kernel.kernel import Kernel
 from kvmsentry.kernel.task import Credentials, Process, ProcessGroup, Session, SigHand, Task
-from kvmsentry.syscall import sys_dents, sys_mount, sys_path  # noqa: F401 - they declare the rows
+from kvmsentry.syscall import sys_dents, sys_mount, sys_path, sys_xattr  # noqa: F401 - they declare the rows
 from kvmsentry.syscall.table import calls
 
 AT_FDCWD = -100 & 0xFFFFFFFFFFFFFFFF
@@ -81,6 +81,8 @@ class FsWorld(World):
         process.leader = task
         process.rlimits[7] = (1024, 4096)
         task.scratch = task.mm.mmap(0, 4 << 20, 3, 0x22, None, 0)
+        for offset in (0, 2 << 20):  # so that no later frame is the address space's
+            task.mm.write(task.scratch + offset, bytes(2 << 20))
         self.kernel.tasks[1] = task
         return task
 

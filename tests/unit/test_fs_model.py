@@ -271,13 +271,13 @@ def volume(world: FsWorld, image: str):
     return world.gofer_super(image, private=False)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(hs.lists(OPERATIONS, max_size=25))
 def test_overlay_is_a_directory_tree(operations):
     check(operations, overlay)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(hs.lists(OPERATIONS, max_size=20))
 def test_volume_is_a_directory_tree(operations):
     check(operations, volume)
