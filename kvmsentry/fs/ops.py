@@ -81,6 +81,7 @@ def in_group(gid: int, creds: Credentials) -> bool:
 
 
 def _may_create(directory: Inode, creds: Credentials) -> None:
+    directory.refresh()
     if directory.nlink == 0:
         raise Errno(errno.ENOENT)
     permission(directory, MAY_WRITE | MAY_EXEC, creds)
@@ -88,6 +89,7 @@ def _may_create(directory: Inode, creds: Credentials) -> None:
 
 def _may_delete(directory: Inode, victim: Inode, creds: Credentials, as_directory: bool) -> None:
     """may_delete: EACCES, EPERM (sticky), ENOTDIR, EISDIR."""
+    directory.refresh()
     permission(directory, MAY_WRITE | MAY_EXEC, creds)
     if (
         directory.mode & st.S_ISVTX

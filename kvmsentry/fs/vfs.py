@@ -434,6 +434,7 @@ def _walk(task: Task, path: bytes, start: Path | None, flags: int, parent: bool)
         if mode & 0o170000 != 0o040000:
             raise Errno(errno.ENOTDIR)
         if mode & 0o111 != 0o111:  # else search is allowed to everybody: the common case of permission()
+            inode.refresh()
             permission(inode, MAY_EXEC, creds)
         if parent and last:
             return Path(mount, dentry), name, trailing
