@@ -143,19 +143,19 @@ class UserAccess(Pages):
             at += length
 
     def _by_kind(self, runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """A run never mixes RAM and file window: the two are separate reservations that a run may touch only by
-        accident of layout."""
-        is_ram = self.frames.is_ram
+        """Runs cut where RAM ends and a file window begins, if one should ever span both."""
+        end = self.frames.ram_end
+        for gpa, length in runs:
+            if gpa < end < gpa + length:
+                break
+        else:
+            return runs
         out = []
         for gpa, length in runs:
-            if is_ram(gpa) == is_ram(gpa + length - 1):
-                out.append((gpa, length))
-                continue
-            end = gpa + length
-            while gpa < end:
-                stop = min(end, (gpa | HUGE_MASK) + 1)
-                out.append((gpa, stop - gpa))
-                gpa = stop
+            if gpa < end < gpa + length:
+                out.append((gpa, end - gpa))
+                gpa, length = end, gpa + length - end
+            out.append((gpa, length))
         return out
 
     def zero(self, va: int, n: int) -> None:

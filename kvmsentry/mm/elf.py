@@ -212,7 +212,8 @@ def map_program(space: Any, program: Program, backing: Any, bias: int) -> None:
             space.mmap(page, length, prot, MAP_PRIVATE | MAP_FIXED, backing, segment.offset - (start - page))
             anonymous = file_end + PAGE - 1 & -PAGE
             if segment.memsz > segment.filesz and prot & PROT_WRITE:
-                # To the page's end, not the segment's: ld.so's first allocator uses the rest (padzero, fs/binfmt_elf.c).
+                # To the page's end, not the segment's: ld.so's first allocator uses the rest (padzero,
+                # fs/binfmt_elf.c).
                 space.zero(file_end, anonymous - file_end)
         if end > anonymous:
             space.mmap(anonymous, end - anonymous, prot, MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS)

@@ -53,6 +53,7 @@ class FrameAllocator:
         self.keep_blocks = 512  # free blocks that may stay resident on the host; see trim()
         self.table_pool: Any = None  # pagetables.TablePool, made on first use
         self.refs = array("I")  # by frame number (GPA >> 12)
+        self.ram_end = 0  # RAM lies below this GPA, file windows above
         self._view = memory.view
         self._masks: list[int] = []  # by block number (GPA >> 21): set bit = free frame
         self._clean: list[int] = []  # by block number: set bit = reads as zero, never handed out since granted
@@ -72,8 +73,7 @@ class FrameAllocator:
     def is_ram(self, gpa: int) -> bool:
         """Whether `gpa` is guest RAM of ours (plain access is safe) and not a file window (it needs
         safe_read/safe_write)."""
-        block = gpa >> 21
-        return block < len(self._ram) and self._ram[block] == 1
+        return gpa < self.ram_end and self._ram[gpa >> 21] == 1
 
     # -- taking
 
@@ -248,6 +248,7 @@ class FrameAllocator:
     def add_ram(self, gpa: int, length: int) -> None:
         """Takes RAM [gpa, gpa + length) that the host granted and that reads as zero; whole 2 MiB blocks."""
         first, end = gpa >> 21, (gpa + length) >> 21
+        self.ram_end = max(self.ram_end, gpa + length)
         more = end - len(self._masks)
         if more > 0:
             self._masks += [0] * more

@@ -144,7 +144,12 @@ class Mappings(UserAccess):
             self._flush()
             if lazy is not None:
                 self._fill_lazy(lazy)
-        self._populate_new(vma, flags)
+        try:
+            self._populate_new(vma, flags)
+        except Errno:  # the backing will not be mapped (ENODEV, EIO): nothing stays
+            self._remove(addr, addr + length)
+            self._flush()
+            raise
         if len(self.tree) > 1:
             self._merge(addr, addr + length)
         return addr

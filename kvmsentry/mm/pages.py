@@ -7,6 +7,7 @@ references, neither a page of the VMA's backing. Every removal goes through `_za
 
 from __future__ import annotations
 
+import errno
 import itertools
 import signal
 from collections.abc import Callable
@@ -382,8 +383,10 @@ class Pages:
                     self._flush()
                 elif self._break_cow(vma, page):
                     return signal.SIGBUS, BUS_ADRERR
-        except Errno:
+        except Errno as error:
             self._flush()
+            if error.errno != errno.ENOMEM:  # the backing cannot give the page (EIO, a file that shrank)
+                return signal.SIGBUS, BUS_ADRERR
             return signal.SIGKILL, SI_KERNEL
         return 0
 

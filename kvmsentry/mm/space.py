@@ -150,42 +150,47 @@ class AddressSpace(Advice):
         frames = self.frames
         copy, map_raw, alloc = self.memory.copy, child.mmu.map_raw, frames.alloc
         pool: list[tuple[int, int]] = []
-        for va, entry, pages in runs:
-            flags = entry & ~GPA & ~PS
-            child.rss_pages += pages
-            if not entry & OWNED:
-                map_raw(va, entry & GPA, pages << 12, flags)
-                continue
-            if flags & COW:
-                flags = flags & ~COW
-            source = entry & GPA
-            written -= pages
-            if entry & PS and pages == 512 and not va & HUGE_MASK:
-                try:
-                    target = alloc(512, False)
-                except BaseException:
-                    self._give_back(pool)
-                    raise
-                copy(target, source, 512 << 12)
-                map_raw(va, target, 512 << 12, flags)
-                continue
-            while pages:
-                if not pool:
-                    pool = frames.alloc_runs(min(512, written + pages), False)
-                target, count = pool.pop()
-                if count > pages:
-                    pool.append((target + (pages << 12), count - pages))
-                    count = pages
-                copy(target, source, count << 12)
-                map_raw(va, target, count << 12, flags)
-                va += count << 12
-                source += count << 12
-                pages -= count
-        self._give_back(pool)
-
-    def _give_back(self, pool: list[tuple[int, int]]) -> None:
-        for gpa, pages in pool:
-            self.frames.free(gpa, pages)
+        begin = size = first = begin_flags = (
+            0  # a run of the child's not yet mapped: pieces that follow one another join it
+        )
+        try:
+            for va, entry, pages in runs:
+                flags = entry & ~GPA & ~PS
+                child.rss_pages += pages
+                source = entry & GPA
+                if not entry & OWNED:
+                    map_raw(va, source, pages << 12, flags)
+                    continue
+                flags &= ~COW
+                written -= pages
+                huge = entry & PS and pages == 512 and not va & HUGE_MASK
+                while pages:
+                    if huge:
+                        target, count = alloc(512, False), 512
+                    else:
+                        if not pool:
+                            pool = frames.alloc_runs(min(512, written + pages), False)
+                            pool.reverse()
+                        target, count = pool.pop()
+                        if count > pages:
+                            pool.append((target + (pages << 12), count - pages))
+                            count = pages
+                    length = count << 12
+                    if target == first + size and va == begin + size and flags == begin_flags:
+                        size += length
+                    else:
+                        if size:
+                            map_raw(begin, first, size, begin_flags)
+                        begin, first, size, begin_flags = va, target, length, flags
+                    copy(target, source, length)
+                    va += length
+                    source += length
+                    pages -= count
+        finally:  # what is mapped is freed with the child, also when memory ran out
+            if size:
+                map_raw(begin, first, size, begin_flags)
+            for gpa, count in pool:
+                frames.free(gpa, count)
 
     def _copy_on_write(self, child: AddressSpace, vma: Vma) -> None:
         """Both sides share the frames, without W; whoever writes first copies."""

@@ -198,24 +198,31 @@ class VmaTree:
         self._freed(vma.end)
 
     def _freed(self, end: int) -> None:
+        """A hole that ends at `end` (or above: it may have joined one) has come: the search must begin above it."""
         if end > self._search:
-            self._search_top = 0  # a new hole above where the search would begin: forget the shortcut
+            index = bisect_left(self.starts, end)
+            self._search = self._search_top
+            if index < len(self.vmas):
+                vma = self.vmas[index]
+                edge = vma.start - STACK_GUARD if vma.flags & VM_GROWSDOWN else vma.start
+                self._search = min(edge, self._search_top)
 
     def set_start(self, vma: Vma, start: int) -> None:
         """Moves the lower end, the order staying as it is; a backing's offset moves along."""
         index = bisect_left(self.starts, vma.start)
         if self.vmas[index] is not vma:
             raise BrokenInvariant(f"{vma} is not in the tree")
-        if start > vma.start:
-            self._freed(start)
+        freed = start > vma.start
         if vma.backing is not None:
             vma.offset += start - vma.start
         vma.start = self.starts[index] = start
+        if freed:
+            self._freed(start)
 
     def set_end(self, vma: Vma, end: int) -> None:
-        if end < vma.end:
-            self._freed(vma.end)
-        vma.end = end
+        old, vma.end = vma.end, end
+        if end < old:
+            self._freed(old)
 
     def split(self, vma: Vma, at: int) -> Vma:
         """Cuts `vma` at `at`; returns the upper part."""
