@@ -149,7 +149,7 @@ def _lazily(module: str, name: str, shared: bool = False) -> Constructor:
     """A type whose class is found in another module when it is first mounted; `shared`: one super block a kernel."""
 
     def construct(kernel: Kernel, options: dict[str, str]) -> SuperBlock:
-        key = f"super:{module}"
+        key = f"super:{module}.{name}"
         if shared and key in kernel.__dict__:
             kept: SuperBlock = kernel.__dict__[key]
             return kept
