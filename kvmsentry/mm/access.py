@@ -39,54 +39,68 @@ class UserAccess(Pages):
         need = P | W if write else P
         mmu = self.mmu
         runs: list[tuple[int, int]] = []
-        run_gpa = run_length = 0
-        at, tried = va, -1
+        start = want = 0  # the run being built, whole pages: [start, want)
+        at = va & -PAGE
+        tried = -1
         while at < end:
-            bad = False
             table = mmu.table(at, end + PAGE - 1 & -PAGE)
+            good = 0  # pages that can be had
             if table is None:
                 entry = mmu.entry(at)
                 if entry & need == need:
-                    gpa = entry & GPA | at & 0xFFF
-                    stop = min(end, (at | HUGE_MASK) + 1)
-                    if gpa == run_gpa + run_length:
-                        run_length += stop - at
-                    else:
-                        if run_length:
-                            runs.append((run_gpa, run_length))
-                        run_gpa, run_length = gpa, stop - at
-                    at = stop
-                else:
-                    bad = True
+                    good = min(end + PAGE - 1 & -PAGE, (at | HUGE_MASK) + 1) - at >> 12
+                    gpa = entry & GPA
+                    if gpa != want:
+                        if want != start:
+                            runs.append((start, want - start))
+                        start = want = gpa
+                    want += good << 12
+                bad = not good
             else:
                 first = table[0]
                 count = len(table)
                 if count > 8 and first & need == need and table == list(range(first, first + (count << 12), PAGE)):
-                    table = [first]
-                    stop = min(end, (at & -PAGE) + (count << 12))
+                    gpa = first & GPA
+                    if gpa != want:
+                        if want != start:
+                            runs.append((start, want - start))
+                        start = want = gpa
+                    want += count << 12
+                    good = count
                 else:
-                    stop = min(end, (at | 0xFFF) + 1)
-                for entry in table:
-                    if entry & need != need:
-                        bad = True
-                        break
-                    gpa = entry & GPA | at & 0xFFF
-                    if gpa == run_gpa + run_length:
-                        run_length += stop - at
-                    else:
-                        if run_length:
-                            runs.append((run_gpa, run_length))
-                        run_gpa, run_length = gpa, stop - at
-                    at = stop
-                    stop = min(end, at + PAGE)
+                    for entry in table:
+                        if entry & need != need:
+                            break
+                        gpa = entry & GPA
+                        if gpa != want:
+                            if want != start:
+                                runs.append((start, want - start))
+                            start = gpa
+                            want = gpa + PAGE
+                        else:
+                            want += PAGE
+                        good += 1
+                bad = good < count
+            at += good << 12
             if bad:
                 # What was walked before stays as it is: a fault replaces only entries that are absent or, for a write,
                 # without W.
                 if at == tried or not self._fault_in(at, write):
                     break
                 tried = at
-        if run_length:
-            runs.append((run_gpa, run_length))
+        if want != start:
+            runs.append((start, want - start))
+        if not runs:
+            return [], 0
+        # From whole pages to the bytes asked for.
+        if at > end:
+            gpa, length = runs[-1]
+            runs[-1] = gpa, length - (at - end)
+            at = end
+        offset = va & 0xFFF
+        if offset:
+            gpa, length = runs[0]
+            runs[0] = gpa + offset, length - offset
         return runs, at - va
 
     def _walk_all(self, va: int, n: int, write: bool) -> list[tuple[int, int]]:
@@ -265,10 +279,10 @@ class UserAccess(Pages):
             raise Errno(errno.EFAULT)
         if offset + n <= 4096:
             self._walk_all(va, n, write)  # remembers the page
-        out = []
-        is_ram = self.frames.is_ram
+        out: list[memoryview] = []
+        ram_end = self.frames.ram_end
         for gpa, length in self._by_kind(runs):
-            if is_ram(gpa):
+            if gpa < ram_end:
                 out.append(view[gpa : gpa + length])
                 continue
             try:
