@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
+from kvmsentry.fs.hostfile import HostFile
 from kvmsentry.fs.inotify import accessed, modified
 from kvmsentry.fs.pipe import PIPE_BUF, PipeFile
 from kvmsentry.fs.vfs import O_APPEND, O_NONBLOCK, TASK_IO, WATCHES, File
@@ -378,6 +379,8 @@ def copy_file_range(
     writable(sink)
     if sink.flags & O_APPEND:
         raise Errno(errno.EBADF)
+    if source.inode.sb is not sink.inode.sb or isinstance(sink, HostFile):
+        raise Errno(errno.EXDEV)  # as Linux since 5.19; the host keeps a host descriptor's position, not `pos`
     if count > SSIZE_MAX or take + count >= 1 << 63 or give + count >= 1 << 63:
         raise Errno(errno.EOVERFLOW)
     source.inode.refresh()
