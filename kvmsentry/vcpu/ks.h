@@ -75,6 +75,7 @@ struct ks_vcpu {
 	u64 ch_gpa;
 	u64 ch_va;		/* what GS base is */
 	int running;		/* index in the list of contexts that can produce events, or -1 */
+	u32 held;		/* stopped in an event that wait returned, or not started */
 	u64 kicked_at;
 
 	uint8_t *sup;		/* supervisor page */

@@ -12,6 +12,8 @@
  *       to end before it posts an event of its own
  *   K6  such a forged request makes a context TAKEN while its runner is about to enter the guest: where = RUNNING, a
  *       fence, and `owner` looked at again, so that ks_halt never believes a vCPU stopped that runs
+ *   K7  a request is taken and answered by the Sentry while the runner, going to sleep, is about to take it: `owner` is
+ *       GUEST both times, so the state is looked at once more after GUEST -> TAKEN
  */
 #include "ks.h"
 
@@ -273,6 +275,11 @@ static int on_park(struct ks_vcpu *v)
 		}
 		/* Not seen by the Sentry yet, or a forged state: from here it lies in private memory. */
 		if (atomic_compare_exchange_strong(&v->owner, &owner, KS_TAKEN)) {
+			if (KS_READ(v->ch->state) == KS_ST_ANSWERED) {
+				/* K7: taken and answered between our two looks. */
+				atomic_store(&v->owner, KS_GUEST);
+				continue;
+			}
 			ks_take_channel(v);
 			atomic_store_explicit(&v->pending, 1, memory_order_release);
 			ks_ring(v->m);

@@ -82,6 +82,7 @@ static struct ks_vcpu *scan(struct ks_machine *m)
 		}
 		m->next = at;
 		m->count_events++;
+		v->held = 1;
 		forget_kick(v);
 		return v;
 	}
@@ -251,6 +252,7 @@ out:
 /* The word the answer turns on was written; now the context is the guest's. */
 static void hand_over(struct ks_vcpu *v)
 {
+	v->held = 0;
 	atomic_store(&v->owner, KS_GUEST);	/* seq_cst, before `where` is read (K4) */
 	if (atomic_load(&v->where) == KS_STOPPED)
 		ks_futex_wake(&v->owner);
@@ -324,7 +326,7 @@ void ks_park(struct ks_vcpu *v)
 
 void ks_kick(struct ks_vcpu *v)
 {
-	if (atomic_load(&v->owner) != KS_GUEST)
+	if (v->held)
 		return;
 	if (!v->kicked_at)
 		v->m->nkicked++;
@@ -420,6 +422,7 @@ void ks_claim(struct ks_vcpu *v)
 	atomic_store(&v->owner, KS_TAKEN);
 	memset(v->regs, 0, sizeof(v->regs));
 	v->event = KS_EV_KICKED;
+	v->held = 1;
 	v->relocate = v->xset = v->xlost = 0;
 	atomic_store(&v->kick, 0);
 	atomic_store(&v->halt, 0);

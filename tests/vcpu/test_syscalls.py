@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from conftest import DATA, READ, STACK, Bench
 
@@ -144,6 +146,23 @@ def test_park_answered_at_once(bench: Bench) -> None:
         ctx.park()
         ctx.reply(0)  # K4
     assert count == 2000
+    ctx.release()
+
+
+@pytest.mark.parametrize("spins", [1, 3, 40])
+def test_guests_that_park_at_once(bench: Bench, spins: int) -> None:
+    """K4, K7: the answer comes while the runner goes to sleep; every call is seen once."""
+    shared = layout.GPA_SHARED + layout.SH_SPINS
+    bench.memory.view[shared : shared + 4] = spins.to_bytes(4, "little")
+    calls = 400 if os.environ.get("NESTED_KVM") else 3000
+    ctx = bench.context("p_loop", rbx=calls)
+    ctx.reload()
+    seen = 0
+    while bench.wait().nr == 39:
+        assert ctx.regs[RBX] == calls - seen
+        seen += 1
+        ctx.reply(0)
+    assert seen == calls
     ctx.release()
 
 
