@@ -285,16 +285,25 @@ class UserAccess(Pages):
             if gpa < ram_end:
                 out.append(view[gpa : gpa + length])
                 continue
+            stop = gpa + length
             try:
-                if write:
-                    for page in range(gpa, gpa + length, PAGE):
-                        self.memory.safe_read(page, 1)
-                    out.append(view[gpa : gpa + length])
-                else:
+                if not write:
                     out.append(memoryview(self.memory.safe_read(gpa, length)))
+                    continue
             except Errno:
-                if not out:
-                    raise
+                pass  # some page of it is lost: give what lies before
+            lost = False
+            while gpa < stop and not lost:
+                n = min(stop, (gpa | 0xFFF) + 1) - gpa
+                try:
+                    data = self.memory.safe_read(gpa, 1 if write else n)
+                    out.append(view[gpa : gpa + n] if write else memoryview(data))
+                    gpa += n
+                except Errno:
+                    if not out:
+                        raise
+                    lost = True
+            if lost:
                 break
         return out
 

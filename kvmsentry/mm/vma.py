@@ -275,7 +275,7 @@ class VmaTree:
                 start = high - length
                 start -= (start - congruent) % align
                 if start >= floor:
-                    self._search, self._search_top, self._hole = start, top, max(hole, high - length - start)
+                    self._search, self._search_top, self._hole = start + length, top, max(hole, high - length - start)
                     return start
                 if high - floor > hole:
                     hole = high - floor
