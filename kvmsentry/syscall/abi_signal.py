@@ -84,14 +84,14 @@ def pack_siginfo(info: SigInfo) -> bytes:
         return _RAW.pack(*head, f["q0"], f["q1"], f["q2"], f["q3"])
     if "status" in f:
         return _CHILD.pack(*head, f.get("pid", 0), f.get("uid", 0), f["status"], f.get("utime", 0), f.get("stime", 0))
+    if "syscall" in f:
+        return _SYS.pack(*head, f.get("addr", 0), f["syscall"], f.get("arch", 0))
     if "addr" in f:
         return _FAULT.pack(*head, f["addr"], f.get("addr_lsb", 0))
     if "timerid" in f:
         return _TIMER.pack(*head, f["timerid"], f.get("overrun", 0), f.get("value", 0) & ALL)
     if "band" in f:
         return _POLL.pack(*head, f["band"], f.get("fd", 0))
-    if "syscall" in f:
-        return _SYS.pack(*head, f.get("call_addr", 0), f["syscall"], f.get("arch", 0))
     if "value" in f:
         return _RT.pack(*head, f.get("pid", 0), f.get("uid", 0), f["value"] & ALL)
     return _KILL.pack(*head, f.get("pid", 0), f.get("uid", 0))

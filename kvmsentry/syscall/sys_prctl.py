@@ -9,6 +9,7 @@ from typing import Any
 from kvmsentry.errors import Errno
 from kvmsentry.kernel import cap
 from kvmsentry.kernel.task import Task
+from kvmsentry.syscall import sys_seccomp
 from kvmsentry.syscall.abi_signal import NSIG_VALID
 from kvmsentry.syscall.table import Int, UInt, ULong, syscall
 from kvmsentry.vcpu.layout import FS_BASE, GS_BASE, RAX, USER_TOP
@@ -34,11 +35,12 @@ PR_SET_VMA, PR_SET_VMA_ANON_NAME = 0x53564D41, 0
 PR_SET_PTRACER = 0x59616D61
 PR_CAP_AMBIENT_IS_SET, PR_CAP_AMBIENT_RAISE, PR_CAP_AMBIENT_LOWER, PR_CAP_AMBIENT_CLEAR_ALL = 1, 2, 3, 4
 PR_TSC_ENABLE = 1
+SECCOMP_MODE_STRICT, SECCOMP_MODE_FILTER = 1, 2  # uapi/linux/seccomp.h
 ARCH_SET_GS, ARCH_SET_FS, ARCH_GET_FS, ARCH_GET_GS = 0x1001, 0x1002, 0x1003, 0x1004  # arch/x86 uapi/asm/prctl.h
 ARCH_GET_CPUID, ARCH_SET_CPUID = 0x1011, 0x1012
 
 
-@syscall(157, partial="PR_SET_MM is EPERM, PR_SET_SECCOMP is EINVAL, PR_SET_TSC only PR_TSC_ENABLE")
+@syscall(157, partial="PR_SET_MM is EPERM, PR_SET_TSC only PR_TSC_ENABLE")
 def prctl(task: Task, option: Int, arg2: ULong, arg3: ULong, arg4: ULong, arg5: ULong) -> Any:
     handler = _OPTIONS.get(option)
     if handler is None:
@@ -181,6 +183,12 @@ def _set_vma(task: Task, what: int, address: int, length: int, name: int) -> int
     return 0
 
 
+def _set_seccomp(task: Task, mode: int, program: int, *_: int) -> int:
+    if mode == SECCOMP_MODE_STRICT:
+        return sys_seccomp.set_strict(task)
+    return sys_seccomp.set_filter(task, 0, program) if mode == SECCOMP_MODE_FILTER else -errno.EINVAL
+
+
 def _get_tsc(task: Task, address: int, *_: int) -> int:
     task.mm.write_u32(address, PR_TSC_ENABLE)
     return 0
@@ -208,7 +216,8 @@ _OPTIONS: dict[int, Callable[..., int]] = {
     PR_SET_TIMING: lambda task, value, *_: -errno.EINVAL if value else 0,
     PR_SET_NAME: _set_name,
     PR_GET_NAME: _get_name,
-    PR_GET_SECCOMP: lambda task, *_: 2 if task.seccomp is not None else 0,
+    PR_GET_SECCOMP: lambda task, *_: task.seccomp.mode if task.seccomp is not None else 0,
+    PR_SET_SECCOMP: _set_seccomp,
     PR_CAPBSET_READ: _capbset_read,
     PR_CAPBSET_DROP: _capbset_drop,
     PR_GET_TSC: _get_tsc,
