@@ -145,6 +145,7 @@ class MasterFile(File):
     """The side that plays the terminal, as opened through /dev/ptmx."""
 
     queue: WaitQueue
+    write_all = True
 
     def __init__(self, inode: Inode, path: Path | None, flags: int, pty: Pty, sb: DevptsSuper) -> None:
         super().__init__(inode, path, flags)

@@ -4,10 +4,9 @@
     screen <--out_fd-- outgoing <-- output processing <-- TtyFile.write
 
 The host's terminal is in raw mode: echo, ^C and line editing are ours. The launcher sets and restores that. Both
-descriptors
-are set to non-blocking: the Sentry's one thread never waits for a slow screen. What does not fit waits in `outgoing`
-until
-the host says that there is room, and writers are held back meanwhile.
+descriptors are opened anew where that is allowed, since O_NONBLOCK belongs to the open file description and the user's
+shell shares the one we were given. The Sentry's one thread never waits for a slow screen: what does not fit waits in
+`outgoing` until the host says that there is room, and writers are held back meanwhile.
 """
 
 from __future__ import annotations
@@ -35,20 +34,31 @@ BACKLOG_LIMIT = 65536  # typed bytes that wait for a program before we stop read
 FINAL_FLUSH_MS = 1000  # how long `close` waits for a screen that takes nothing
 
 
+def _own(fd: int, mode: int) -> int:
+    """A non-blocking descriptor of what `fd` is: an open file of our own, or `fd` itself with the flag set (a terminal
+    of another user's after su(1), a socket)."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", mode | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        pass
+    try:
+        os.set_blocking(fd, False)
+    except OSError as error:
+        raise HostError(f"O_NONBLOCK on the terminal's descriptor {fd}", error.errno or 0) from None
+    return fd
+
+
 class HostTerminal(Tty):
     """A tty whose other side is the host's terminal: `in_fd` (-1: nobody types) and `out_fd`. Constructing it makes it
-    /dev/console and /dev/pts/0. Call before the Sentry is locked down (fcntl(2))."""
+    /dev/console and /dev/pts/0. Call before the Sentry is locked down."""
 
     def __init__(self, kernel: Kernel, in_fd: int, out_fd: int, rows: int = 0, cols: int = 0) -> None:
         super().__init__(kernel, makedev(SLAVE_MAJOR, 0))
-        self.in_fd, self.out_fd = in_fd, out_fd
+        same = in_fd == out_fd
+        self.in_fd = _own(in_fd, os.O_RDONLY if not same else os.O_RDWR) if in_fd >= 0 else -1
+        self.out_fd = self.in_fd if same else _own(out_fd, os.O_WRONLY)
         self.outgoing = bytearray()
         self._watching_in = self._watching_out = False
-        for fd in {in_fd, out_fd} - {-1}:
-            try:
-                os.set_blocking(fd, False)
-            except OSError as error:
-                raise HostError(f"O_NONBLOCK on the terminal's descriptor {fd}", error.errno or 0) from None
         if rows or cols:
             self.resize(rows, cols)
         devices(kernel).attach_console(self)

@@ -150,17 +150,17 @@ class Tty(ttydisc.LineDiscipline):
         self.session, self.foreground = process.session, process.group
         process.session.tty = self
 
-    def session_ended(self, session: Session) -> None:
+    def session_ended(self, session: Session, exiting: bool = True) -> None:
         """The leader of the session has exited or given its terminal up: the foreground group is hung up and the
-        terminal
-        is free for another session (disassociate_ctty). Called by exit, after or before `session.tty` was cleared."""
+        terminal is free for another session (disassociate_ctty). `session.tty` may be cleared already."""
         if self.session is not session:
             return
         group, self.session, self.foreground = self.foreground, None, None
         session.tty = None
         if group is not None:
             send_group(group, SIGHUP)
-            send_group(group, SIGCONT)
+            if not exiting:  # else exit(2) wakes those that are stopped, as an orphaned group
+                send_group(group, SIGCONT)
 
     def hangup(self) -> None:
         """vhangup: the terminal is taken away from all who have it open; SIGHUP and SIGCONT to the session's leader."""
@@ -234,6 +234,8 @@ class Tty(ttydisc.LineDiscipline):
 
 class TtyFile(File):
     """A terminal, opened."""
+
+    write_all = True  # a blocking write(2) goes on until all of it is out
 
     def __init__(self, inode: Inode, path: Path | None, flags: int, tty: Tty) -> None:
         super().__init__(inode, path, flags | TASK_IO)
@@ -509,7 +511,7 @@ def _notty(tty: Tty, task: Task, argument: int, file: File, master: bool) -> int
     if session.tty is not tty:
         raise Errno(errno.ENOTTY)
     if session.leader is task.process:
-        tty.session_ended(session)
+        tty.session_ended(session, exiting=False)
     return 0
 
 

@@ -563,7 +563,7 @@ class LineDiscipline:
 
     def input_count(self) -> int:
         """FIONREAD: bytes that read(2) could give, ends of file not counted."""
-        if self.termios.lflag & ICANON:
+        if self.termios.lflag & (ICANON | EXTPROC) == ICANON:
             count = self.canon_head - self.tail
             return count - sum(1 for end in self.line_ends if self.buffer[end - self.tail] == DISABLED)
         return len(self.buffer)

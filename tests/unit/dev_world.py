@@ -1,4 +1,5 @@
-"""A kernel world with /proc, /sys, /dev, /dev/pts and cgroup2 mounted, and short names for the calls that tests make there."""
+"""A kernel world with /proc, /sys, /dev, /dev/pts and cgroup2 mounted, and short names for the calls that tests make
+there."""
 
 from __future__ import annotations
 
@@ -33,8 +34,13 @@ class DevWorld(KernelWorld):
         task: Any = mounts._Builder(self.kernel, self.root)
         for name in (b"proc", b"sys", b"dev"):
             self.directory(name)
-        for target, fstype in ((b"/proc", "proc"), (b"/sys", "sysfs"), (b"/sys/fs/cgroup", "cgroup2"), (b"/dev", "devtmpfs"),
-                               (b"/dev/pts", "devpts")):  # fmt: skip
+        for target, fstype in (
+            (b"/proc", "proc"),
+            (b"/sys", "sysfs"),
+            (b"/sys/fs/cgroup", "cgroup2"),
+            (b"/dev", "devtmpfs"),
+            (b"/dev/pts", "devpts"),
+        ):
             namespace.attach(mounts.new_mount(mounts.make_super(self.kernel, fstype)), walk(task, target))
 
     def _watch(self, fd: int, events: int, callback: Any) -> None:

@@ -119,10 +119,14 @@ def test_status_parses(world, init):
 
 def test_maps_look_like_linux_maps(world, init):
     text = world.whole(init, b"/proc/self/maps").decode()
-    pattern = re.compile(r"^[0-9a-f]{8,}-[0-9a-f]{8,} [r-][w-][x-][sp] [0-9a-f]{8} [0-9a-f]{2,}:[0-9a-f]{2} \d+ *(\S.*)?$")
+    pattern = re.compile(
+        r"^[0-9a-f]{8,}-[0-9a-f]{8,} [r-][w-][x-][sp] [0-9a-f]{8} [0-9a-f]{2,}:[0-9a-f]{2} \d+ *(\S.*)?$"
+    )
     lines = text.splitlines()
     assert lines and all(pattern.match(line) for line in lines)
-    assert any(line.startswith(f"{BASE + 0x1000:08x}-") and " r-xp " in line and line.endswith("/bin/a") for line in lines)
+    assert any(
+        line.startswith(f"{BASE + 0x1000:08x}-") and " r-xp " in line and line.endswith("/bin/a") for line in lines
+    )
     named = next(line for line in lines if line.endswith("[stack]"))
     assert named.index("[stack]") == 73
     rollup = world.whole(init, b"/proc/self/smaps_rollup").decode()
@@ -319,7 +323,9 @@ def test_procps_understands_it(world, init, tmp_path):
     if shutil.which("ps"):
         rows = {line.split()[1]: line.split() for line in tool("ps aux").splitlines()[1:]}
         assert rows[str(child.tid)][0] == "root" and rows[str(child.tid)][-1] == "/bin/a"
-        assert [str(child.tid), "worker"] in [line.split()[:2] for line in tool("ps -eo pid,comm,stat,wchan").splitlines()]
+        assert [str(child.tid), "worker"] in [
+            line.split()[:2] for line in tool("ps -eo pid,comm,stat,wchan").splitlines()
+        ]
     if shutil.which("free"):
         assert int(tool("free -k").splitlines()[1].split()[1]) == world.kernel.frames.limit_pages * 4
     if shutil.which("top"):

@@ -1,4 +1,5 @@
-"""The line discipline against the host's: the same termios, the same bytes in the same chunks, the same echo and the same reads."""
+"""The line discipline against the host's: the same termios, the same bytes in the same chunks, the same echo and the
+same reads."""
 
 from __future__ import annotations
 
@@ -12,9 +13,40 @@ import time
 import pytest
 
 from kvmsentry.fs.ttydisc import (
-    ECHO, ECHOCTL, ECHOE, ECHOK, ECHOKE, ECHONL, ECHOPRT, EXTPROC, ICANON, ICRNL, IEXTEN, IGNCR, INLCR, ISIG, ISTRIP, IUCLC,
-    IUTF8, IXANY, IXON, NOFLSH, OCRNL, OLCUC, ONLCR, ONLRET, ONOCR, OPOST, PARMRK, TOSTOP, VEOL, VMIN, VTIME, XTABS,
-    LineDiscipline, Termios,
+    ECHO,
+    ECHOCTL,
+    ECHOE,
+    ECHOK,
+    ECHOKE,
+    ECHONL,
+    ECHOPRT,
+    EXTPROC,
+    ICANON,
+    ICRNL,
+    IEXTEN,
+    IGNCR,
+    INLCR,
+    ISIG,
+    ISTRIP,
+    IUCLC,
+    IUTF8,
+    IXANY,
+    IXON,
+    NOFLSH,
+    OCRNL,
+    OLCUC,
+    ONLCR,
+    ONLRET,
+    ONOCR,
+    OPOST,
+    PARMRK,
+    TOSTOP,
+    VEOL,
+    VMIN,
+    VTIME,
+    XTABS,
+    LineDiscipline,
+    Termios,
 )  # fmt: skip
 
 TERMIOS = struct.Struct("<4IB19s")
@@ -60,14 +92,23 @@ class Host:
     def set_raw(self, packed: bytes) -> None:
         fcntl.ioctl(self.slave, TCSETS, packed)
 
-    def settle(self) -> bytes:
-        """What the screen shows once the kernel's flip buffers are empty."""
+    def settle(self, shown: int, typed: int) -> bytes:
+        """What the screen shows. The host's buffers empty themselves later: patience until `shown` bytes have come
+        and `typed` are there to be read, then a moment for what should not come."""
         out = b""
         patience = select.poll()
         patience.register(self.master, select.POLLIN)
-        while patience.poll(6):
-            out += os.read(self.master, 65536)
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline:
+            if patience.poll(3):
+                out += os.read(self.master, 65536)
+            elif len(out) >= shown and self.waiting() == typed:
+                break
         return out
+
+    def waiting(self) -> int:
+        """FIONREAD."""
+        return struct.unpack("i", fcntl.ioctl(self.slave, 0x541B, bytes(4)))[0]
 
     def take(self, count: int) -> bytes | None:
         try:
@@ -111,10 +152,12 @@ MODES = {
 }
 
 TYPED = [
-    b"hello\n", b"a\tb\tcd\x7f\x7f\x7f\x7fx\n", b"two words\x17\x17end\r", b"kill me\x15ok\n", b"\x16\x03\x16\x7f\x01\x02\x7f\n",
-    b"abc\x12def\n", b"partial\x04\n", b"\x04", b"x\x04\x04", "häß€\x7f\x7fu\x7f\x7f\n".encode(), b"\xff\xfe\x80\n", b"abc\x03def\n",
-    b"q\x1c", b"z\x1ay\n", b"one\ntwo\nthree\n", b"\x7f\x7f\x15\x17\n", b"a;b;c\n", b"\ta\x7f\x7f\n", b"12345678\t\x7f!\n",
-    b"\x01\t\x7f\x7f\n", b"UPPER lower\n", b"caf\xe9 \xc9\n", b"\r\r\n\n", b"foo_bar-baz  \x17\x17\x17\n", b"\x00\x00a\n", b"\x1b[A\x7f\n",
+    b"hello\n", b"a\tb\tcd\x7f\x7f\x7f\x7fx\n", b"two words\x17\x17end\r", b"kill me\x15ok\n",
+    b"\x16\x03\x16\x7f\x01\x02\x7f\n", b"abc\x12def\n", b"partial\x04\n", b"\x04", b"x\x04\x04",
+    "häß€\x7f\x7fu\x7f\x7f\n".encode(), b"\xff\xfe\x80\n", b"abc\x03def\n", b"q\x1c", b"z\x1ay\n",
+    b"one\ntwo\nthree\n", b"\x7f\x7f\x15\x17\n", b"a;b;c\n", b"\ta\x7f\x7f\n", b"12345678\t\x7f!\n",
+    b"\x01\t\x7f\x7f\n", b"UPPER lower\n", b"caf\xe9 \xc9\n", b"\r\r\n\n", b"foo_bar-baz  \x17\x17\x17\n",
+    b"\x00\x00a\n", b"\x1b[A\x7f\n",
 ]  # fmt: skip
 
 
@@ -122,7 +165,7 @@ def both(host: Host, ours: Wires, data: bytes) -> None:
     """Type one chunk on both sides; the screens must agree."""
     os.write(host.master, data)
     ours.input(data)
-    shown = host.settle()
+    shown = host.settle(len(ours.screen), ours.input_count())
     assert bytes(ours.screen) == shown, f"after {data!r}"
     ours.screen.clear()
 
@@ -132,6 +175,7 @@ def read_both(host: Host, ours: Wires, count: int) -> bytes | None:
     mine = ours.take(count) if ours.available() else None
     ours.refill()
     assert mine == theirs
+    host.settle(0, ours.input_count())  # the kernel refills later than we do
     return theirs
 
 
@@ -188,10 +232,18 @@ def test_output(host: Host, mode: str) -> None:
     ours = Wires()
     host.set_raw(MODES[mode])
     ours.set_raw(MODES[mode])
-    for text in (b"plain\n", b"a\tb\tc\r\n", b"\r\rx\ry\n", b"prompt$ ", b"col\bumn\x1b[1m", "é€\t".encode(), b"many\nlines\nhere"):
+    for text in (
+        b"plain\n",
+        b"a\tb\tc\r\n",
+        b"\r\rx\ry\n",
+        b"prompt$ ",
+        b"col\bumn\x1b[1m",
+        "é€\t".encode(),
+        b"many\nlines\nhere",
+    ):
         os.write(host.slave, text)
         assert ours.output(text) == len(text)
-        shown = host.settle()
+        shown = host.settle(len(ours.screen), ours.input_count())
         assert bytes(ours.screen) == shown, text
         ours.screen.clear()
         both(host, ours, b"\tz\x7f\x7f")
@@ -207,7 +259,7 @@ def test_a_line_longer_than_the_buffer(host: Host) -> None:
     ours.set_raw(noecho)
     long = b"".join(b"%07d," % i for i in range(640))
     for at in range(0, len(long), 512):
-        both(host, ours, long[at:at + 512])
+        both(host, ours, long[at : at + 512])
     both(host, ours, b"\n")
     data = read_both(host, ours, 8192)
     assert data is not None and len(data) == 4096 and data.endswith(b"\n")
@@ -222,7 +274,6 @@ def test_full_lines_stop_the_input(host: Host) -> None:
     for i in range(12):
         both(host, ours, b"%d " % i * 150 + b"\n")
     for _ in range(14):
-        time.sleep(0.002)
         read_both(host, ours, 8192)
 
 
@@ -256,8 +307,7 @@ def test_fionread(host: Host, mode: str) -> None:
     ours.set_raw(MODES[mode])
     for data in (b"abc", b"\n", b"x\x04y", b"\x04\x04\n"):
         both(host, ours, data)
-        theirs = struct.unpack("i", fcntl.ioctl(host.slave, 0x541B, bytes(4)))[0]
-        assert ours.input_count() == theirs
+        assert ours.input_count() == host.waiting()
 
 
 def test_raw_mode_is_copied_whole() -> None:

@@ -140,7 +140,7 @@ class TreeInode(Inode):
         directory = self
         *parents, name = path.split(b"/")
         for parent in parents:
-            child = directory.entries.get(parent)
+            child: Any = directory.entries.get(parent)
             if child is None:
                 child = directory.entries[parent] = TreeInode(self.sb, {}, mode)
                 directory.nlink += 1
