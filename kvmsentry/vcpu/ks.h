@@ -107,6 +107,7 @@ struct ks_machine {
 	/* The wait's own. */
 	u64 tsc_khz;
 	u64 gap;		/* smoothed ticks from an empty scan to the next request */
+	u32 credit, trials;	/* whether spinning has paid lately */
 	u64 polled;		/* when the host's descriptors were last looked at */
 	int nhost, host_due;
 	struct epoll_event host[KS_MAX_HOST_EVENTS];

@@ -21,6 +21,11 @@ enum {
 	POLL_US = 50,		/* host descriptors are looked at this often when there is never a reason to sleep */
 	REKICK_US = 2000,
 	SAVE_US = 100,
+	HARM_US = 40,		/* a request so soon after a spin in vain was held up by it */
+	TRIAL_US = 30,
+	TRIAL_EVERY = 256,
+	CREDIT_MAX = 64,
+	CREDIT_LOSS = 16,
 };
 
 static u64 ticks_of_us(const struct ks_machine *m, u64 us)
@@ -160,11 +165,43 @@ static int found(const struct ks_vcpu *v)
 	return v->event << 16 | v->id;
 }
 
+/*
+ * How long to spin for the next request. The measured gap decides, and so does `credit`: when a guest posts as soon as we
+ * sleep, then it shares our processor (others use the rest of the host) and spinning keeps it from running. Such spins
+ * cost credit, spins that see a request earn it; without credit only a short trial is made now and then.
+ */
+static u64 spin_limit(struct ks_machine *m)
+{
+	u64 limit;
+
+	if (!m->nrunning)
+		return 0;
+	if ((int)m->nrunning < m->ncpus)
+		limit = SPIN_IDLE_US;
+	else if (m->gap < ticks_of_us(m, NEAR_US))
+		limit = SPIN_BUSY_US;
+	else
+		return 0;
+	if (!m->credit)
+		limit = ++m->trials % TRIAL_EVERY ? 0 : TRIAL_US;
+	return ticks_of_us(m, limit);
+}
+
+static void spin_ended(struct ks_machine *m, u64 spin, u64 spun, u64 slept)
+{
+	if (!spin)
+		return;
+	if (!slept && spun < spin)
+		m->credit = m->credit ? (m->credit < CREDIT_MAX ? m->credit + 1 : CREDIT_MAX) : CREDIT_LOSS;
+	else if (slept < ticks_of_us(m, HARM_US))
+		m->credit = m->credit > CREDIT_LOSS ? m->credit - CREDIT_LOSS : 0;
+}
+
 int ks_wait(struct ks_machine *m, int64_t timeout)
 {
 	struct ks_vcpu *v;
-	u64 start, now, spin, end = 0;
-	int n, slept = 0;
+	u64 start, now, spin, slept = 0, end = 0;
+	int n;
 
 	if (m->host_due) {
 		m->host_due = 0;
@@ -185,6 +222,7 @@ int ks_wait(struct ks_machine *m, int64_t timeout)
 	start = now = ks_ticks();
 	if (timeout > 0)
 		end = start + (u64)((unsigned __int128)timeout * m->tsc_khz / 1000000);
+	spin = timeout ? spin_limit(m) : 0;
 	for (;;) {
 		if (atomic_load_explicit(&m->woken, memory_order_relaxed)) {
 			atomic_store(&m->woken, 0);
@@ -199,12 +237,6 @@ int ks_wait(struct ks_machine *m, int64_t timeout)
 		if (m->nkicked)
 			kick_again(m, now);
 
-		if (!m->nrunning)
-			spin = 0;
-		else if ((int)m->nrunning < m->ncpus)
-			spin = ticks_of_us(m, SPIN_IDLE_US);
-		else
-			spin = m->gap < ticks_of_us(m, NEAR_US) ? ticks_of_us(m, SPIN_BUSY_US) : 0;
 		if (!slept && now - start < spin) {
 			for (int i = 0; i < 16; i++) {
 				ks_pause();
@@ -227,7 +259,7 @@ int ks_wait(struct ks_machine *m, int64_t timeout)
 			if (m->nkicked && (ns < 0 || ns > REKICK_US * 1000))
 				ns = REKICK_US * 1000;
 			m->count_sleeps++;
-			slept = 1;
+			slept = ks_ticks();
 			n = look_at_host(m, ns);
 		} else {
 			n = 0;
@@ -244,7 +276,9 @@ int ks_wait(struct ks_machine *m, int64_t timeout)
 		now = ks_ticks();
 	}
 out:
-	now = ks_ticks() - start;
+	now = ks_ticks();
+	spin_ended(m, spin, now - start, slept ? now - slept : 0);
+	now -= start;
 	m->gap += (int64_t)(now - m->gap) / 8;
 	return found(v);
 }

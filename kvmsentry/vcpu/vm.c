@@ -316,6 +316,7 @@ int ks_machine_new(int kvm, int ring0, uint64_t xcr0, void *mem, struct ks_machi
 	m->tsc_khz = rc > 0 ? rc : 1000000;
 	m->shared->spins = 20000;
 	m->gap = (u64)1 << 40;
+	m->credit = 16;
 	return 0;
 }
 

@@ -125,6 +125,19 @@ def test_exact_count_of_calls(bench: Bench) -> None:
     ctx.release()
 
 
+def test_calls_that_jump_to_the_entry(bench: Bench) -> None:
+    """What a patched call site does: R11 is the return address, no SYSCALL instruction."""
+    if bench.machine.ring0:
+        pytest.skip("no ring 3 entry here")
+    ctx = bench.context("p_jumps", rbx=500, rbp=layout.WINDOW_CODE + 3)
+    ctx.reload()
+    for i in range(500):
+        assert bench.wait() is ctx and ctx.nr == 39 and ctx.regs[RBX] == 500 - i
+        ctx.reply(0)
+    assert bench.wait() is ctx and ctx.nr == 1003
+    ctx.release()
+
+
 def test_park_and_wake(bench: Bench) -> None:
     ctx = bench.run("p_loop", rbx=3)
     for _ in range(2):
