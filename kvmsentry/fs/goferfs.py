@@ -170,7 +170,7 @@ class GoferInode(Inode):
         if node.target:
             self.target = node.target
 
-    # -- attributes --------------------------------------------------------------------------------------------------
+    # -- attributes
     @property
     def blocks(self) -> int:
         """st_blocks."""
@@ -197,7 +197,7 @@ class GoferInode(Inode):
         if shrinks and self.map is not None:
             self.map.shrink(size)
 
-    # -- directories -------------------------------------------------------------------------------------------------
+    # -- directories
     def _child(self, name: bytes, attr: Attr) -> GoferInode:
         if attr.nlink > 1 and not st.S_ISDIR(attr.mode) or not self.sb.private:
             key = attr.dev, attr.ino
@@ -357,7 +357,7 @@ class GoferInode(Inode):
         if target is not self:
             target._changed()
 
-    # -- the rest ----------------------------------------------------------------------------------------------------
+    # -- the rest
     def readlink(self, task: Task | None = None) -> bytes:
         """The target."""
         if self.mode & 0o170000 != st.S_IFLNK:
@@ -409,7 +409,7 @@ class GoferInode(Inode):
         self.fid().removexattr(name)
         self.xattrs = None
 
-    # -- data --------------------------------------------------------------------------------------------------------
+    # -- data
     def handle(self, write: bool) -> HostFd | None:
         """A descriptor of the file, for reading only or also for writing; None from a server that passes none."""
         if self.mode & 0o170000 != st.S_IFREG:

@@ -125,12 +125,13 @@ def all_mounts(task: Task) -> list[Mount]:
     return list(namespace_of(task).mounts)
 
 
-# -- file system types -----------------------------------------------------------------------------------------------
+# -- file system types
 def _tmpfs(kernel: Kernel, options: dict[str, str]) -> SuperBlock:
-    from kvmsentry.fs.tmpfs import TmpSuper
+    from kvmsentry.fs.tmpfs import TmpSuper, default_inodes
 
     sb = TmpSuper(kernel)
     sb.pool.limit = kernel.frames.limit_pages // 2  # tmpfs(5): half of RAM unless told
+    sb.inode_limit = default_inodes(kernel)
     sb.configure(options)
     sb.options = ",".join(f"{name}={value}" if value else name for name, value in options.items())
     return sb
@@ -185,7 +186,7 @@ def make_super(kernel: Kernel, fstype: str, options: dict[str, str] | None = Non
     return constructor(kernel, options or {})
 
 
-# -- the first tree --------------------------------------------------------------------------------------------------
+# -- the first tree
 class _Builder:
     """Enough of a task to walk with, before there is one: root, with every capability."""
 
@@ -274,7 +275,7 @@ def _mountpoint(builder: Any, target: bytes, kind: int) -> Path:
     return place
 
 
-# -- mount(2) and its kin --------------------------------------------------------------------------------------------
+# -- mount(2) and its kin
 def parse_options(data: bytes) -> dict[str, str]:
     """`a=1,b` as {"a": "1", "b": ""}."""
     options = {}
@@ -462,7 +463,7 @@ def _tree(mount: Mount) -> Iterator[Mount]:
         yield from _tree(child)
 
 
-# -- what /proc shows ------------------------------------------------------------------------------------------------
+# -- what /proc shows
 def _escaped(text: bytes) -> bytes:
     """mangle(), fs/proc_namespace.c: white space and backslashes in octal."""
     return text.replace(b"\\", b"\\134").replace(b" ", b"\\040").replace(b"\t", b"\\011").replace(b"\n", b"\\012")

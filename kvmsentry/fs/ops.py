@@ -40,11 +40,13 @@ from kvmsentry.fs.vfs import (
     Inode,
     Mount,
     Path,
+    absent,
     lookup_child,
     permission,
     place_or_hole,
     walk,
     walk_parent,
+    without_set_id,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -53,7 +55,6 @@ if TYPE_CHECKING:
 S_IFMT, S_IFDIR, S_IFREG, S_IFLNK = 0o170000, 0o040000, 0o100000, 0o120000  # uapi/linux/stat.h
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4  # uapi/linux/fs.h
 CAP_CHOWN, CAP_FSETID, CAP_MKNOD = 0, 4, 27  # uapi/linux/capability.h
-NEGATIVE_LIMIT = 8192  # children of a directory beyond which names known not to be there are no longer kept
 _O_TMPFILE = O_TMPFILE & ~O_DIRECTORY
 
 # inotify(7) events, uapi/linux/inotify.h
@@ -63,7 +64,7 @@ IN_CREATE, IN_DELETE, IN_DELETE_SELF, IN_MOVE_SELF, IN_ISDIR = 0x100, 0x200, 0x4
 _move_cookie = 0
 
 
-# -- small judgements ------------------------------------------------------------------------------------------------
+# -- small judgements
 def want_write(mount: Mount) -> None:
     """EROFS when nothing may be changed through `mount`."""
     if mount.flags & MS_RDONLY or mount.sb.readonly:
@@ -131,13 +132,10 @@ def _entry_event(directory: Inode, name: bytes, inode: Inode, mask: int, cookie:
 def forget(directory: Dentry, name: bytes) -> None:
     """The name is gone: the cache knows that it is not there. The old dentry lives on with who holds it, as
     unlinked."""
-    if len(directory.children) < NEGATIVE_LIMIT:
-        directory.add(name, None)
-    else:
-        directory.drop(name)
+    absent(directory, name)
 
 
-# -- opening ---------------------------------------------------------------------------------------------------------
+# -- opening
 def open_at(task: Task, start: Path | None, path: bytes, flags: int, mode: int = 0, resolve: int = 0) -> Any:
     """open(2): a File, or a coroutine that returns one. `resolve` holds the walk's flags of openat2(2)."""
     if flags & O_PATH:
@@ -232,6 +230,7 @@ def _finish_open(task: Task, place: Path, inode: Inode, flags: int) -> Any:
             raise Errno(errno.ETXTBSY)
         if flags & O_TRUNC:
             inode.truncate(0)
+            strip_set_id(task, inode)
             if WATCHES:
                 changed(place, inode, IN_MODIFY)
     file = inode.open(task, place, flags)
@@ -239,6 +238,8 @@ def _finish_open(task: Task, place: Path, inode: Inode, flags: int) -> Any:
         if counted:
             inode.writers += 1
             file.counted = True
+            if inode.mode & 0o6000 and not task.creds.capable(CAP_FSETID):
+                file.strips = True
         if WATCHES:
             changed(place, inode, IN_OPEN)
         return file
@@ -279,7 +280,7 @@ def allow_write(inode: Inode) -> None:
     inode.writers += 1
 
 
-# -- making ----------------------------------------------------------------------------------------------------------
+# -- making
 def _new_name(
     task: Task, start: Path | None, path: bytes, directory: bool = False
 ) -> tuple[Path, Dentry, bytes, Inode]:
@@ -366,7 +367,7 @@ def link_at(task: Task, old: Path, start: Path | None, path: bytes) -> None:
     _entry_event(directory, name, inode, IN_CREATE)
 
 
-# -- removing --------------------------------------------------------------------------------------------------------
+# -- removing
 def unlink_at(task: Task, start: Path | None, path: bytes) -> None:
     """unlink(2)."""
     parent, name, trailing = walk_parent(task, path, start)
@@ -499,7 +500,7 @@ def rename_at(task: Task, old_start: Path | None, old_path: bytes, new_start: Pa
         notify(replaced, IN_ATTRIB if replaced.nlink else IN_DELETE_SELF)
 
 
-# -- changing --------------------------------------------------------------------------------------------------------
+# -- changing
 def chmod(task: Task, place: Path | None, inode: Inode, mode: int) -> None:
     """chmod(2): EROFS, EPERM."""
     if place is not None:
@@ -533,9 +534,7 @@ def chown(task: Task, place: Path | None, inode: Inode, uid: int, gid: int) -> N
             raise Errno(errno.EPERM)
     mode = None
     if inode.mode & S_IFMT != S_IFDIR and inode.mode & 0o6000:
-        mode = inode.mode & 0o7777 & ~st.S_ISUID
-        if mode & 0o2010 == 0o2010:
-            mode &= ~st.S_ISGID
+        mode = without_set_id(inode.mode)
     inode.setattr(mode=mode, uid=new_uid, gid=new_gid)
     if WATCHES:
         changed(place, inode, IN_ATTRIB)
@@ -560,6 +559,12 @@ def set_times(task: Task, place: Path | None, inode: Inode, times: tuple[int | N
         changed(place, inode, IN_ATTRIB)
 
 
+def strip_set_id(task: Task, inode: Inode) -> None:
+    """A change of data by one who is not privileged takes the set-id bits away (file_remove_privs)."""
+    if inode.mode & 0o6000 and not task.creds.capable(CAP_FSETID):
+        inode.setattr(mode=without_set_id(inode.mode))
+
+
 def truncate_at(task: Task, path: bytes, size: int) -> None:
     """truncate(2)."""
     if size < 0:
@@ -575,6 +580,7 @@ def truncate_at(task: Task, path: bytes, size: int) -> None:
     if inode.writers < 0:
         raise Errno(errno.ETXTBSY)
     inode.truncate(size)
+    strip_set_id(task, inode)
     if WATCHES:
         changed(place, inode, IN_MODIFY)
 

@@ -23,7 +23,7 @@ from kvmsentry.errors import Errno
 from kvmsentry.fs.filemap import GoferBacking
 from kvmsentry.fs.goferfs import GoferInode, GoferSuper
 from kvmsentry.fs.pages import PAGE, PageStore, Pool
-from kvmsentry.fs.tmpfs import TmpFile, TmpInode, TmpSuper, label_of
+from kvmsentry.fs.tmpfs import TmpFile, TmpInode, TmpSuper, default_inodes, label_of
 from kvmsentry.fs.vfs import File, Inode, Path, SuperBlock
 
 if TYPE_CHECKING:
@@ -46,13 +46,14 @@ class OverlaySuper(TmpSuper):
         assert lower.private, "an overlay's lower tree must not change"
         self.kernel, self.lower = kernel, lower
         self.pool = Pool(kernel.frames, kernel.memory, -(-size // PAGE))
-        self.inode_limit = self.inodes = 0
+        self.inode_limit, self.inodes = default_inodes(kernel), 0
         self._ino = _FIRST_INO
         self.linked: dict[GoferInode, OverlayInode] = {}  # lower files with several names, once they were seen
         self.root = OverlayInode(self, lower.root)
 
     def new_inode(self, mode: int, uid: int = 0, gid: int = 0) -> OverlayInode:
         """An inode with nothing below it."""
+        self.charge()
         inode = OverlayInode.__new__(OverlayInode)
         TmpInode.__init__(inode, self, mode, uid, gid)
         inode.lower = inode.lower_paged = None
@@ -88,12 +89,16 @@ class OverlayInode(TmpInode):
         self.rdev, self.size = lower.rdev, lower.size
         self.atime, self.mtime, self.ctime, self.btime = lower.atime, lower.mtime, lower.ctime, lower.btime
         self.locks = self.watches = None
-        self.writers = self.seals = 0
+        self.writers = self.seals = self.links = 0
         self.entries = {} if lower.mode & 0o170000 == st.S_IFDIR else None
         self.store = self.xattrs = self.paged = None
         self.target = b""
         self.changed = False
-        sb.inodes += 1
+
+    def __del__(self) -> None:
+        if self.lower is not None:
+            self.sb.inodes += 1  # was never charged: the image's own files do not count
+        super().__del__()
 
     @property
     def blocks(self) -> int:
@@ -102,7 +107,7 @@ class OverlayInode(TmpInode):
             return self.store.pages * 8
         return self.lower.host_blocks if self.lower is not None else 0
 
-    # -- data --------------------------------------------------------------------------------------------------------
+    # -- data
     def data(self) -> PageStore:
         """The pages, copied up now if they were not."""
         return self.store if self.store is not None else self.copy_up(self.size)
@@ -137,7 +142,7 @@ class OverlayInode(TmpInode):
             self.copy_up(min(size, self.size))
         super().truncate(size)
 
-    # -- directories -------------------------------------------------------------------------------------------------
+    # -- directories
     def names(self) -> dict[bytes, Any]:
         """The entries, for changing them."""
         if self.entries is None:
@@ -203,7 +208,7 @@ class OverlayInode(TmpInode):
         merged += [(name, inode.ino, inode.mode >> 12 & 15) for name, inode in rest.items() if inode is not None]
         return merged
 
-    # -- the rest ----------------------------------------------------------------------------------------------------
+    # -- the rest
     def readlink(self, task: Task | None = None) -> bytes:
         """The target."""
         if not self.target and self.lower is not None:
@@ -221,6 +226,7 @@ class OverlayInode(TmpInode):
         if self.xattrs is None:
             lower = self.lower
             self.xattrs = {name: lower.getxattr(name) for name in lower.listxattr()} if lower is not None else {}
+            self.sb.xattr_bytes += sum(len(name) + len(value) for name, value in self.xattrs.items())
         return self.xattrs
 
     def getxattr(self, name: bytes) -> bytes:

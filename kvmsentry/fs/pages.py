@@ -64,7 +64,7 @@ class PageStore:
             pool.frames.free(gpa, count)
         pool.used -= self.pages + sum(count for _, count in self.cut)
 
-    # -- finding -----------------------------------------------------------------------------------------------------
+    # -- finding
     def next_data(self, page: int) -> int:
         """The first file page >= `page` that is not a hole, -1 when there is none."""
         index = bisect_right(self.starts, page) - 1
@@ -105,7 +105,7 @@ class PageStore:
             index += 1
         return out
 
-    # -- growing -----------------------------------------------------------------------------------------------------
+    # -- growing
     def ensure(self, first: int, end: int, keep_from: int = -1, keep_to: int = -1) -> int:
         """Put frames under file pages [first, end). Pages in [keep_from, keep_to) are about to be overwritten whole
         and need not be zero. Returns the page up to which there are frames now (less than `end` when memory or the
@@ -168,7 +168,7 @@ class PageStore:
             page += count
         return want
 
-    # -- shrinking ---------------------------------------------------------------------------------------------------
+    # -- shrinking
     def drop(self, first: int, end: int) -> None:
         """Make file pages [first, end) a hole."""
         starts, gpas, counts = self.starts, self.gpas, self.counts
@@ -229,7 +229,7 @@ class PageStore:
             self.pool.used -= count
         self.cut = []
 
-    # -- data --------------------------------------------------------------------------------------------------------
+    # -- data
     def read(self, views: list[memoryview], pos: int, size: int) -> int:
         """Copy bytes from `pos` on, not beyond `size`, into `views`; returns how many."""
         left = size - pos

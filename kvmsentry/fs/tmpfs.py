@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs.pages import PAGE, PageStore, Pool
-from kvmsentry.fs.vfs import O_NOATIME, File, Inode, Path, SuperBlock, path_of
+from kvmsentry.fs.vfs import O_NOATIME, File, Inode, Path, SuperBlock, path_of, without_set_id
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.kernel import Kernel
@@ -31,6 +31,7 @@ FALLOC_COLLAPSE_RANGE, FALLOC_ZERO_RANGE, FALLOC_INSERT_RANGE, FALLOC_UNSHARE_RA
 F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_WRITE, F_SEAL_FUTURE_WRITE = 1, 2, 4, 8, 16  # uapi/linux/fcntl.h
 
 XATTR_CREATE, XATTR_REPLACE = 1, 2  # uapi/linux/xattr.h
+XATTR_BYTES_SUPER = 16 << 20  # the same for a whole file system
 XATTR_BYTES_LIMIT = 1 << 16  # names and values of one inode: what ext4 would hold at most, and a bound on our memory
 
 _now = time.time_ns
@@ -41,6 +42,7 @@ class TmpSuper(SuperBlock):
 
     fstype = "tmpfs"
     magic = TMPFS_MAGIC
+    xattr_bytes = 0
 
     def __init__(
         self, kernel: Kernel, size: int = 0, inodes: int = 0, mode: int = 0o1777, uid: int = 0, gid: int = 0
@@ -54,9 +56,14 @@ class TmpSuper(SuperBlock):
 
     def new_inode(self, mode: int, uid: int = 0, gid: int = 0) -> TmpInode:
         """An inode of this file system; ENOSPC over the limit."""
+        self.charge()
+        return TmpInode(self, mode, uid, gid)
+
+    def charge(self) -> None:
+        """One inode more; ENOSPC over the limit."""
         if self.inode_limit and self.inodes >= self.inode_limit:
             raise Errno(errno.ENOSPC)
-        return TmpInode(self, mode, uid, gid)
+        self.inodes += 1
 
     def statfs(self) -> tuple[int, int, int, int, int, int]:
         """statfs(2), in pages."""
@@ -93,6 +100,11 @@ class TmpSuper(SuperBlock):
                 raise Errno(errno.EINVAL) from None
 
 
+def default_inodes(kernel: Kernel) -> int:
+    """tmpfs(5) nr_inodes: half the number of RAM pages, since names and inodes take our own memory."""
+    return max(kernel.frames.limit_pages // 2, 4096)
+
+
 def _bytes(text: str, whole: int) -> int:
     """memparse: a number with k, m, g, or % of `whole`."""
     text = text.strip().lower()
@@ -106,13 +118,13 @@ class TmpInode(Inode):
     """Any file in memory: `entries` of a directory, `store` of a regular file, `target` of a symbolic link
     (of a memfd: the name that is shown)."""
 
-    __slots__ = ("entries", "store", "target", "xattrs", "seals", "paged")
+    __slots__ = ("entries", "store", "target", "xattrs", "seals", "paged", "links")
 
     sb: TmpSuper
 
     def __init__(self, sb: TmpSuper, mode: int, uid: int = 0, gid: int = 0, ino: int = 0) -> None:
         super().__init__(sb, mode, uid, gid, ino)
-        sb.inodes += 1
+        self.links = 0
         self.entries: dict[bytes, Any] | None = None
         self.store: PageStore | None = None
         self.target = b""
@@ -127,14 +139,16 @@ class TmpInode(Inode):
             self.size = 40
 
     def __del__(self) -> None:
-        self.sb.inodes -= 1
+        self.sb.inodes -= 1 + self.links
+        if self.xattrs:
+            self.sb.xattr_bytes -= sum(len(name) + len(value) for name, value in self.xattrs.items())
 
     @property
     def blocks(self) -> int:
         """st_blocks."""
         return self.store.pages * 8 if self.store is not None else 0
 
-    # -- data --------------------------------------------------------------------------------------------------------
+    # -- data
     def data(self) -> PageStore:
         """The pages of a regular file, for changing them (an overlay copies up first)."""
         assert self.store is not None
@@ -171,7 +185,7 @@ class TmpInode(Inode):
             zap(self.sb.kernel, backing, offset, length)
         self.data().free_cut()
 
-    # -- directories -------------------------------------------------------------------------------------------------
+    # -- directories
     def names(self) -> dict[bytes, Any]:
         """The entries of a directory, for changing them; ENOTDIR."""
         if self.entries is None:
@@ -249,6 +263,9 @@ class TmpInode(Inode):
         names = self.names()
         if self.nlink == 0:
             raise Errno(errno.ENOENT)
+        assert isinstance(inode, TmpInode)
+        self.sb.charge()  # a name costs us what an inode does (shmem_link)
+        inode.links += 1
         names[name] = inode
         inode.nlink += 1
         inode.ctime = _now()
@@ -260,6 +277,10 @@ class TmpInode(Inode):
         self._remove(name)
         inode.nlink -= 1
         inode.ctime = self.mtime
+        assert isinstance(inode, TmpInode)
+        if inode.links:
+            inode.links -= 1
+            self.sb.inodes -= 1
 
     def rmdir(self, name: bytes, inode: Inode) -> None:
         """Remove an empty directory; ENOTEMPTY."""
@@ -314,7 +335,7 @@ class TmpInode(Inode):
         """(name, inode number, DT_*)."""
         return [(name, inode.ino, inode.mode >> 12 & 15) for name, inode in self.names().items()]
 
-    # -- the rest ----------------------------------------------------------------------------------------------------
+    # -- the rest
     def readlink(self, task: Task | None = None) -> bytes:
         """The target; EINVAL."""
         if self.mode & 0o170000 != st.S_IFLNK:
@@ -349,8 +370,11 @@ class TmpInode(Inode):
             raise Errno(errno.EEXIST)
         if flags & XATTR_REPLACE and name not in xattrs:
             raise Errno(errno.ENODATA)
-        if sum(len(n) + len(v) for n, v in xattrs.items() if n != name) + len(name) + len(value) > XATTR_BYTES_LIMIT:
+        have = sum(len(n) + len(v) for n, v in xattrs.items())
+        more = len(name) + len(value) - (len(name) + len(xattrs[name]) if name in xattrs else 0)
+        if have + more > XATTR_BYTES_LIMIT or self.sb.xattr_bytes + more > XATTR_BYTES_SUPER:
             raise Errno(errno.ENOSPC)
+        self.sb.xattr_bytes += more
         xattrs[name] = value
         self.ctime = _now()
 
@@ -360,8 +384,10 @@ class TmpInode(Inode):
 
     def removexattr(self, name: bytes) -> None:
         """ENODATA."""
-        if self.attributes().pop(name, None) is None:
+        value = self.attributes().pop(name, None)
+        if value is None:
             raise Errno(errno.ENODATA)
+        self.sb.xattr_bytes -= len(name) + len(value)
         self.ctime = _now()
 
 
@@ -373,6 +399,11 @@ class TmpBacking:
     def __init__(self, inode: TmpInode, label: bytes) -> None:
         self.inode, self.dev, self.ino, self.label = inode, inode.sb.dev, inode.ino, label
         self.ident = (inode.sb.dev, inode.ino)
+
+    @property
+    def on_demand(self) -> bool:
+        """A file with holes: a large mapping of it is filled when it is touched."""
+        return self.inode.data().pages * PAGE < self.inode.size
 
     def map_pages(self, offset: int, length: int, writable_shared: bool) -> list[tuple[int, int]]:
         """The frames themselves; holes are filled. Ends at the end of the file, the last run not at a page's end."""
@@ -459,6 +490,9 @@ class TmpFile(File):
         if pos + n > size:
             inode.size = pos + n
         inode.mtime = inode.ctime = _now()
+        if self.strips:
+            inode.setattr(mode=without_set_id(inode.mode))
+            self.strips = False
         return n
 
     def release(self) -> None:

@@ -1,11 +1,11 @@
 """The virtual file system: inodes, dentries, mounts and the walk from a path to them.
 
-    Path(mount, dentry) --dentry.inode--> Inode (attributes cached in it) --inode.open()--> File (an open file description)
+    Path(mount, dentry) --dentry.inode--> Inode (caches attributes) --inode.open()--> File (an open file description)
 
-Names are bytes. Inodes carry their attributes as fields, so that permission checks and stat(2) cost no call; a file system whose
-attributes change behind our back (a shared volume, /proc) overrides `refresh`. Dentries form the name cache: a child that is
-there with `inode` None is a negative entry. `SuperBlock.caching` False (procfs) means that nothing is believed from the cache.
-Everything raises `Errno` for what the application may ask and not get.
+Names are bytes. Inodes carry their attributes as fields, so that permission checks and stat(2) cost no call; a file
+system whose attributes change behind our back (a shared volume, /proc) overrides `refresh`. Dentries form the name
+cache: a child that is there with `inode` None is a negative entry. `SuperBlock.caching` False (procfs) means that
+nothing is believed from the cache. Everything raises `Errno` for what the application may ask and not get.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import stat as st
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from kvmsentry.errors import Errno
 from kvmsentry.kernel.traps import WaitQueue
@@ -32,9 +33,11 @@ CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER = 1 << 1, 1 << 2, 1 << 3  # ua
 
 O_ACCMODE, O_RDONLY, O_WRONLY, O_RDWR = 3, 0, 1, 2  # uapi/asm-generic/fcntl.h
 O_CREAT, O_EXCL, O_NOCTTY, O_TRUNC, O_APPEND, O_NONBLOCK = 0o100, 0o200, 0o400, 0o1000, 0o2000, 0o4000
-O_DSYNC, FASYNC, O_DIRECT, O_LARGEFILE, O_DIRECTORY, O_NOFOLLOW = 0o10000, 0o20000, 0o40000, 0o100000, 0o200000, 0o400000
+O_DSYNC, FASYNC, O_DIRECT, O_LARGEFILE = 0o10000, 0o20000, 0o40000, 0o100000
+O_DIRECTORY, O_NOFOLLOW = 0o200000, 0o400000
 O_NOATIME, O_CLOEXEC, O_PATH, O_SYNC, O_TMPFILE = 0o1000000, 0o2000000, 0o10000000, 0o4010000, 0o20200000
-TASK_IO = 1 << 30  # ours, in File.flags only, never shown: call read_by/write_by(task, views) instead of read/write(views)
+# Ours, in File.flags only, never shown: call read_by/write_by(task, views) instead of read/write(views).
+TASK_IO = 1 << 30
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8  # uapi/linux/mount.h
 MS_REMOUNT, MS_BIND, MS_REC = 32, 4096, 16384
@@ -47,7 +50,9 @@ DT_UNKNOWN, DT_FIFO, DT_CHR, DT_DIR, DT_BLK, DT_REG, DT_LNK, DT_SOCK = 0, 1, 2, 
 _next_minor = 20
 
 
-WATCHES: dict[Any, None] = {}  # every inotify(7) mark there is (fs/inotify.py): empty, as it mostly is, costs callers one test
+WATCHES: dict[
+    Any, None
+] = {}  # every inotify(7) mark there is (fs/inotify.py): empty, as it mostly is, costs callers one test
 
 
 def anonymous_dev() -> int:
@@ -69,6 +74,7 @@ class SuperBlock:
     magic = 0  # statfs(2) f_type
     fstype = "none"
     readonly = False  # nothing in it may change, through whatever mount
+    negatives = 0  # names known not to be there, since they were last forgotten
 
     def __init__(self) -> None:
         self.dev = anonymous_dev()
@@ -94,8 +100,8 @@ class Inode:
     """A file, directory or anything else that has attributes. Times are ns since the epoch."""
 
     __slots__ = (
-        "sb", "ino", "mode", "uid", "gid", "nlink", "rdev", "size", "atime", "mtime", "ctime", "btime", "locks", "watches",
-        "writers", "__dict__", "__weakref__",
+        "sb", "ino", "mode", "uid", "gid", "nlink", "rdev", "size", "atime", "mtime", "ctime", "btime",
+        "locks", "watches", "writers", "__dict__", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, sb: SuperBlock, mode: int, uid: int = 0, gid: int = 0, ino: int = 0) -> None:
@@ -109,9 +115,10 @@ class Inode:
         self.watches: Any = None  # inotify(7) marks, fs/inotify.py
         self.writers = 0  # files open for writing; < 0: programs running from it, nobody may write (i_writecount)
 
-    # -- attributes ------------------------------------------------------------------------------------------------------
+    # -- attributes
     def refresh(self) -> None:
-        """Bring the attribute fields up to date; called before they are shown. Nothing to do where we alone change them."""
+        """Bring the attribute fields up to date; called before they are shown. Nothing to do where we alone change
+        them."""
 
     @property
     def blocks(self) -> int:
@@ -137,7 +144,7 @@ class Inode:
         """Set the size of a regular file; what appears reads as zero (truncate(2))."""
         raise Errno(errno.EISDIR if st.S_ISDIR(self.mode) else errno.EINVAL)
 
-    # -- directories -----------------------------------------------------------------------------------------------------
+    # -- directories
     def lookup(self, name: bytes) -> Inode:
         """The child of that name; ENOENT when there is none, ENOTDIR when this is no directory."""
         raise Errno(errno.ENOTDIR)
@@ -164,7 +171,8 @@ class Inode:
         raise Errno(errno.EOPNOTSUPP)
 
     def link(self, name: bytes, inode: Inode) -> Inode:
-        """A new name for `inode` (same super block); returns the inode the name has now (an overlay may have copied it up)."""
+        """A new name for `inode` (same super block); returns the inode the name has now (an overlay may have copied it
+        up)."""
         raise Errno(errno.EROFS)
 
     def unlink(self, name: bytes, inode: Inode) -> None:
@@ -175,16 +183,19 @@ class Inode:
         """Remove an empty directory; ENOTEMPTY."""
         raise Errno(errno.EROFS)
 
-    def rename(self, name: bytes, inode: Inode, target: Inode, new_name: bytes, replaced: Inode | None, flags: int) -> None:
+    def rename(
+        self, name: bytes, inode: Inode, target: Inode, new_name: bytes, replaced: Inode | None, flags: int
+    ) -> None:
         """Move child `name` (which is `inode`) to `new_name` in directory `target` of the same super block, replacing
         `replaced`. Types and loops were checked by the caller. flags: RENAME_EXCHANGE (2) or 0."""
         raise Errno(errno.EROFS)
 
     def readdir(self) -> Iterable[tuple[bytes, int, int]]:
-        """(name, inode number, DT_*) of every child, without `.` and `..`; the order is stable while nothing changes."""
+        """(name, inode number, DT_*) of every child, without `.` and `..`; the order is stable while nothing
+        changes."""
         raise Errno(errno.ENOTDIR)
 
-    # -- the rest --------------------------------------------------------------------------------------------------------
+    # -- the rest
     def readlink(self, task: Task | None = None) -> bytes:
         """Where a symbolic link points."""
         raise Errno(errno.EINVAL)
@@ -195,8 +206,8 @@ class Inode:
 
     def open(self, task: Task, path: Path, flags: int) -> Any:
         """A new open file description, or a coroutine that returns one (a FIFO waits for its other end). Permission,
-        O_CREAT, O_EXCL, O_TRUNC, O_DIRECTORY were dealt with by the caller. Directories, FIFOs and device nodes are opened
-        alike in every file system; one that has regular files overrides this."""
+        O_CREAT, O_EXCL, O_TRUNC, O_DIRECTORY were dealt with by the caller. Directories, FIFOs and device nodes are
+        opened alike in every file system; one that has regular files overrides this."""
         kind = self.mode & 0o170000
         if kind == st.S_IFDIR:
             return Directory(self, path, flags)
@@ -237,7 +248,8 @@ class Dentry:
     def __init__(self, name: bytes, parent: Dentry | None, inode: Inode | None) -> None:
         self.name, self.inode = name, inode
         self.parent: Dentry = parent if parent is not None else self
-        self.children: dict[bytes, Dentry] = {}
+        # Where nothing is believed from the cache, nothing need be kept: a name lives as long as somebody is there.
+        self.children: Any = {} if inode is None or inode.sb.caching else WeakValueDictionary()
         self.mounted = 0  # how many mounts, in any namespace, stand on it
 
     def add(self, name: bytes, inode: Inode | None) -> Dentry:
@@ -307,6 +319,13 @@ class Path:
         return hash((id(self.mount), id(self.dentry)))
 
 
+def without_set_id(mode: int) -> int:
+    """`mode`'s permission bits without set-user-id, and without set-group-id where that means a program (not
+    locking)."""
+    mode &= 0o7777 & ~st.S_ISUID
+    return mode & ~st.S_ISGID if mode & st.S_IXGRP else mode
+
+
 class FsContext:
     """What a process's paths start from, shared with CLONE_FS."""
 
@@ -322,7 +341,8 @@ class FsContext:
 
 
 def permission(inode: Inode, mask: int, creds: Credentials) -> None:
-    """EACCES unless `creds` (its fsuid, fsgid, groups and capabilities) may do `mask` (MAY_*) on `inode`; path_resolution(7)."""
+    """EACCES unless `creds` (its fsuid, fsgid, groups and capabilities) may do `mask` (MAY_*) on `inode`;
+    path_resolution(7)."""
     mode = inode.mode
     if creds.fsuid == inode.uid:
         bits = mode >> 6
@@ -361,7 +381,8 @@ def walk(task: Task, path: bytes, start: Path | None = None, flags: int = FOLLOW
 
 def place_or_hole(task: Task, path: bytes, start: Path | None, flags: int) -> Path:
     """Like `walk`, but the last component need not be there: then the place's dentry has no inode and its parent is the
-    directory to create it in (open(2) with O_CREAT, which follows a dangling link). EISDIR when slashes follow the path."""
+    directory to create it in (open(2) with O_CREAT, which follows a dangling link). EISDIR when slashes follow the
+    path."""
     place, _, trailing = _walk(task, path, start, flags | CREATE, parent=False)
     if trailing:
         raise Errno(errno.EISDIR)
@@ -369,14 +390,14 @@ def place_or_hole(task: Task, path: bytes, start: Path | None, flags: int) -> Pa
 
 
 def walk_parent(task: Task, path: bytes, start: Path | None = None, flags: int = 0) -> tuple[Path, bytes, bool]:
-    """The directory in which the last component of `path` stands, that component (`.`, `..` or `` for the root as they are),
-    and whether slashes follow it."""
+    """The directory in which the last component of `path` stands, that component (`.`, `..` or `` for the root as they
+    are), and whether slashes follow it."""
     return _walk(task, path, start, flags, parent=True)
 
 
 def lookup_child(task: Task, directory: Path, name: bytes) -> Dentry:
-    """The dentry of `name` in `directory` (an ordinary name: not `.` or `..`), from the cache or the file system; its inode
-    is None when there is no such file. Search permission was checked by the caller."""
+    """The dentry of `name` in `directory` (an ordinary name: not `.` or `..`), from the cache or the file system; its
+    inode is None when there is no such file. Search permission was checked by the caller."""
     dentry = directory.dentry
     child = dentry.children.get(name)
     inode = dentry.inode
@@ -393,12 +414,40 @@ def lookup_child(task: Task, directory: Path, name: bytes) -> Dentry:
         found = None
     if child is not None and child.inode is found:
         return child
-    if found is None and len(dentry.children) > 8192:
-        return Dentry(name, dentry, None)  # an application that asks for nonsense does not fill our memory
+    if found is None:
+        return absent(dentry, name)
     if child is not None and child.mounted:
         child.inode = found
         return child
     return dentry.add(name, found)
+
+
+NEGATIVE_LIMIT = 1 << 16  # names known not to be there that a file system keeps
+
+
+def absent(directory: Dentry, name: bytes) -> Dentry:
+    """Remember that `name` is not in `directory`. When too many such names have gathered, all of them in that file
+    system are forgotten: an application that asks for nonsense does not fill our memory."""
+    assert directory.inode is not None
+    sb = directory.inode.sb
+    sb.negatives += 1
+    if sb.negatives > NEGATIVE_LIMIT:
+        sb.negatives = 0
+        top = directory
+        while top.parent is not top:
+            top = top.parent
+        _forget_negatives(top)
+    return directory.add(name, None)
+
+
+def _forget_negatives(top: Dentry) -> None:
+    stack = [top]
+    while stack:
+        children = stack.pop().children
+        if children.__class__ is dict:
+            for name in [name for name, child in children.items() if child.inode is None and not child.mounted]:
+                del children[name]
+            stack += children.values()
 
 
 def _walk(task: Task, path: bytes, start: Path | None, flags: int, parent: bool) -> tuple[Path, bytes, bool]:
@@ -511,8 +560,8 @@ def step_up(mount: Mount, dentry: Dentry, root: Path) -> tuple[Mount, Dentry]:
 
 
 def path_of(place: Path, root: Path, mark: bool = True) -> bytes:
-    """The absolute path of `place` as seen from `root` (getcwd(2)). When it is not below `root`, what is known of the path,
-    with `(unreachable)` in front if `mark`. Says nothing of deleted files: see Dentry.unlinked."""
+    """The absolute path of `place` as seen from `root` (getcwd(2)). When it is not below `root`, what is known of the
+    path, with `(unreachable)` in front if `mark`. Says nothing of deleted files: see Dentry.unlinked."""
     names: list[bytes] = []
     mount, dentry = place.mount, place.dentry
     prefix = b"/"
@@ -536,8 +585,9 @@ def path_of(place: Path, root: Path, mark: bool = True) -> bytes:
 class File:
     """An open file description (open(2)): what descriptors point at. `refs` counts descriptors and other holders.
 
-    Data calls take `views`: writable memoryviews of guest memory, in order, as AddressSpace.views gives them. They never
-    sleep: -EAGAIN means that `queue` tells when to try again, and the system call parks on it unless O_NONBLOCK is set.
+    Data calls take `views`: writable memoryviews of guest memory, in order, as AddressSpace.views gives them. They
+    never sleep: -EAGAIN means that `queue` tells when to try again, and the system call parks on it unless O_NONBLOCK
+    is set.
     """
 
     __slots__ = ("inode", "path", "flags", "pos", "refs", "owner", "cursor", "endings", "__dict__", "__weakref__")
@@ -545,6 +595,7 @@ class File:
     seekable = False
     write_all = False  # a blocking write(2) goes on until everything is written: pipes, terminals, stream sockets
     counted = False  # among `inode.writers`
+    strips = False  # writing takes the set-id bits away (should_remove_suid, fs/inode.c)
 
     def __init__(self, inode: Inode, path: Path | None, flags: int) -> None:
         self.inode, self.path, self.flags = inode, path, flags & ~(O_CREAT | O_EXCL | O_NOCTTY | O_TRUNC | O_CLOEXEC)
@@ -552,7 +603,9 @@ class File:
         self.refs = 1
         self.owner: Any = None  # F_SETOWN
         self.cursor: Any = None  # position of getdents within a snapshot
-        self.endings: dict[Any, None] | None = None  # `ending(file)` is called when the last holder is gone: epoll, locks
+        self.endings: dict[Any, None] | None = (
+            None  # `ending(file)` is called when the last holder is gone: epoll, locks
+        )
 
     def get(self) -> File:
         """One more holder."""
@@ -654,7 +707,8 @@ class File:
         """fsync(2)."""
 
     def fallocate(self, mode: int, offset: int, length: int) -> None:
-        """fallocate(2); mode is FALLOC_FL_* bits. The arguments and the file's being writable were checked by the caller."""
+        """fallocate(2); mode is FALLOC_FL_* bits. The arguments and the file's being writable were checked by the
+        caller."""
         raise Errno(errno.EOPNOTSUPP)
 
     def fdinfo(self) -> str:

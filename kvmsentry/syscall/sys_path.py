@@ -106,7 +106,7 @@ def inode_at(task: Task, dirfd: int, pathname: int, flags: int) -> tuple[Inode, 
     return place.inode, place
 
 
-# -- opening ---------------------------------------------------------------------------------------------------------
+# -- opening
 def _open(task: Task, dirfd: int, path: bytes, flags: int, mode: int, resolve: int = 0) -> Any:
     files = task.files
     limit = task.rlimit(RLIMIT_NOFILE)
@@ -184,7 +184,7 @@ def openat2(task: Task, dirfd: DirFd, pathname: Path, how: UserPtr, size: Size) 
     return _open(task, dirfd, path, flags, mode, walk_flags)
 
 
-# -- looking ---------------------------------------------------------------------------------------------------------
+# -- looking
 @syscall(4)
 def stat(task: Task, pathname: Path, statbuf: UserPtr) -> int:
     mm = task.mm
@@ -302,7 +302,7 @@ def fstatfs(task: Task, fd: Fd, buf: UserPtr) -> int:
     return 0
 
 
-# -- making and removing ---------------------------------------------------------------------------------------------
+# -- making and removing
 def _mkdir(task: Task, dirfd: int, pathname: int, mode: int) -> int:
     path = task.mm.read_cstring(pathname, PATH_MAX)
     ops.mkdir_at(task, start_of(task, dirfd, path), path, mode)
@@ -417,7 +417,7 @@ def renameat2(task: Task, olddirfd: DirFd, oldpath: Path, newdirfd: DirFd, newpa
     return _rename(task, olddirfd, oldpath, newdirfd, newpath, flags)
 
 
-# -- changing --------------------------------------------------------------------------------------------------------
+# -- changing
 def _chmod(task: Task, dirfd: int, pathname: int, mode: int, flags: int) -> int:
     if flags & ~(AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH):
         return -errno.EINVAL
@@ -573,7 +573,7 @@ def _file_size_signal(task: Task) -> int:
     return -errno.EFBIG
 
 
-# -- where a process is ----------------------------------------------------------------------------------------------
+# -- where a process is
 def _directory(task: Task, place: vfs.Path) -> vfs.Path:
     inode = place.inode
     if inode.mode & S_IFMT != S_IFDIR:
@@ -627,7 +627,7 @@ def umask(task: Task, mask: Mode) -> int:
     return old
 
 
-# -- file systems as a whole -----------------------------------------------------------------------------------------
+# -- file systems as a whole
 @syscall(162)
 def sync(task: Task) -> int:
     from kvmsentry.fs.mounts import all_mounts

@@ -352,9 +352,47 @@ def test_statx_and_statfs(task):
     assert STATFS.unpack(task.mm.read(task.scratch, 120))[0] == 0x01021994
 
 
-def test_unreachable_names_do_not_pile_up(task):
-    from kvmsentry.fs.vfs import walk
+def test_names_that_are_not_there_do_not_pile_up(task, monkeypatch):
+    from kvmsentry.fs import vfs
 
-    for number in range(9000):
+    monkeypatch.setattr(vfs, "NEGATIVE_LIMIT", 100)
+    held = task.open(b"/d/f")
+    for number in range(1000):
         task.stat(b"/d/no%d" % number)
-    assert len(walk(task, b"/d").dentry.children) <= 8194
+        task.stat(b"/no%d" % number)
+        task.put(b"/d/t%d" % number, b"")
+        task.call(87, b"/d/t%d" % number)
+    places = [vfs.walk(task, path).dentry for path in (b"/", b"/d")]
+    assert sum(len(dentry.children) for dentry in places) <= 110
+    assert not task.files.get(held).path.dentry.unlinked and task.stat(b"/d/f")[7] == 4
+
+
+def test_writing_takes_set_id_bits(task):
+    task.put(b"/prog", b"x", 0o777)
+    for act in (
+        lambda fd: task.write(fd, b"y"),
+        lambda fd: task.call(76, b"/prog", 0),
+        lambda fd: task.open(b"/prog", O_WRONLY | O_TRUNC),
+    ):
+        task.creds = Credentials(0, 0)
+        task.call(90, b"/prog", 0o6777)
+        fd = task.open(b"/prog", O_WRONLY)
+        act(fd)
+        assert task.stat(b"/prog")[3] == 0o106777  # root may
+        task.creds = Credentials(1000, 1000)
+        act(task.open(b"/prog", O_WRONLY))
+        assert task.stat(b"/prog")[3] == 0o100777
+
+
+def test_names_are_charged(world):
+    task = world.task(TmpSuper(world.kernel, inodes=5))
+    task.put(b"/a", b"")
+    for number in range(3):
+        assert task.call(86, b"/a", b"/l%d" % number) == 0
+    assert task.call(86, b"/a", b"/l9") == -e.ENOSPC and task.open(b"/b", 0o101) == -e.ENOSPC
+    task.call(87, b"/a")
+    assert task.open(b"/b", 0o101) >= 0
+    for name in (b"/l0", b"/l1", b"/l2", b"/b"):
+        assert task.call(87, name) == 0
+    task.files.close_all()
+    assert task.fs.root.mount.sb.inodes == 1
