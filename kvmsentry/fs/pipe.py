@@ -387,19 +387,24 @@ def new_pipe(task: Task, flags: int) -> tuple[PipeFile, PipeFile]:
 
 
 def open_fifo(task: Task, inode: Inode, path: Path | None, flags: int) -> PipeFile | Coroutine[Any, Any, PipeFile]:
-    """Open a FIFO (or a pipe again, through /proc/PID/fd): the file, or a coroutine that waits for the other end first.
-    ENXIO for O_WRONLY | O_NONBLOCK without a reader; fifo(7)."""
+    """Open a FIFO: the file, or a coroutine that waits for the other end first; ENXIO for O_WRONLY | O_NONBLOCK without a
+    reader; fifo(7). A pipe that is opened again, through /proc/PID/fd, waits for nobody (is_pipe in fifo_open, fs/pipe.c).
+    """
     access = flags & O_ACCMODE
     if access == 3:
         raise Errno(errno.EINVAL)
     pipe: Pipe | None = inode.__dict__.get("pipe")
+    if inode.sb is pipefs():
+        if pipe is None:
+            raise Errno(errno.ENXIO)  # its ends were closed while the path was walked
+        return UnnamedPipeFile(pipe, inode, path, flags)
     if access == O_WRONLY and flags & O_NONBLOCK and (pipe is None or not pipe.readers):
         raise Errno(errno.ENXIO)
     if pipe is None:
         pipe = Pipe()
         inode.pipe = pipe  # type: ignore[attr-defined]
         inode.mtime = time.time_ns()
-    file = (UnnamedPipeFile if inode.sb is pipefs() else PipeFile)(pipe, inode, path, flags)
+    file = PipeFile(pipe, inode, path, flags)
     pipe.queue.wake()  # whoever waits in open for this end
     if access == O_RDONLY and not pipe.writers:
         if flags & O_NONBLOCK:

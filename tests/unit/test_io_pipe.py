@@ -217,3 +217,18 @@ def test_interrupted_fifo_open_leaves_nothing(io):
     io.signal(child, 10)
     assert not io.parked(child) and not child.files.files
     assert io.open(t, b"/tmp/fifo", O_WRONLY | O_NONBLOCK) == -errno.ENXIO
+
+
+def test_a_pipe_opened_again_waits_for_nobody(io):
+    t = io.task
+    r, w = io.pipe(t)
+    io.write(t, w, b"left")
+    inode = t.files.files[r].inode
+    io.do(t, "close", w)
+    again = inode.open(t, None, 0)
+    assert again.label() == b"pipe:[%d]" % inode.ino
+    io.do(t, "close", r)
+    buffer = bytearray(9)
+    assert again.read([memoryview(buffer)]) == 4 and buffer[:4] == b"left"
+    assert again.read([memoryview(buffer)]) == 0
+    again.put()
