@@ -171,7 +171,9 @@ static void busy(void)
 	CHECK(run(path("copy"), argv, (char *[]){ "MODE=exit", NULL }) == 33);
 	pid = fork();
 	if (pid == 0) {
-		execve(path("copy"), argv, (char *[]){ "MODE=sleep", NULL });
+		do /* the parent may have it open for writing just now */
+			execve(path("copy"), argv, (char *[]){ "MODE=sleep", NULL });
+		while (errno == ETXTBSY);
 		_exit(1);
 	}
 	for (;;) {
