@@ -119,7 +119,9 @@ class HostInode(Inode):
             raise Errno(errno.ENXIO)
         if host.access not in (O_RDWR, access):
             raise Errno(errno.EACCES)
-        return HostFile(self.kernel, self, flags, path)
+        file = HostFile(self.kernel, self, flags, path)
+        file.own_position = True
+        return file
 
 
 class HostDescriptor:
@@ -199,7 +201,10 @@ class HostDescriptor:
 
 
 class HostFile(File):
-    """An open file over a host descriptor."""
+    """An open file over a host descriptor. A regular file that was opened again has a position of its own, as on Linux;
+    the first one has the host's."""
+
+    own_position = False
 
     def __init__(self, kernel: Kernel, inode: HostInode, flags: int, path: Path | None = None) -> None:
         super().__init__(inode, path, flags)
@@ -232,6 +237,8 @@ class HostFile(File):
 
     def read(self, views: list[memoryview]) -> int:
         """What the host has; -EAGAIN when nothing."""
+        if self.seekable and self.own_position:
+            return super().read(views)
         n = self.host.read(views)
         if n == -errno.EAGAIN:
             self._listen()
@@ -239,6 +246,9 @@ class HostFile(File):
 
     def write(self, views: list[memoryview]) -> int:
         """What the host takes; -EAGAIN when nothing, -EPIPE when nobody reads."""
+        if self.seekable and self.own_position:
+            self.inode.refresh()
+            return super().write(views)
         if self.seekable and self.flags & O_APPEND:
             os.lseek(self.host.fd, 0, os.SEEK_END)
         n = self.host.write(views)
@@ -268,6 +278,9 @@ class HostFile(File):
         """The position is the host's, shared with whoever has the descriptor."""
         if not self.seekable:
             raise Errno(errno.ESPIPE)
+        if self.own_position:
+            self.inode.refresh()
+            return super().seek(offset, whence)
         try:
             return os.lseek(self.host.fd, offset, whence)
         except OSError as error:
@@ -293,7 +306,7 @@ class HostFile(File):
         try:
             if request == FIONREAD:
                 if host.kind == st.S_IFREG:
-                    left = os.fstat(host.fd).st_size - os.lseek(host.fd, 0, os.SEEK_CUR)
+                    left = os.fstat(host.fd).st_size - self.seek(0, os.SEEK_CUR)
                     task.mm.write(argument, _int.pack(max(0, min(left, 0x7FFFFFFF))))
                 else:
                     task.mm.write(argument, fcntl.ioctl(host.fd, termios.FIONREAD, bytes(4)))

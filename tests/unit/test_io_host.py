@@ -175,3 +175,16 @@ def test_opening_again(io):
 def test_a_closed_descriptor(io):
     with pytest.raises(HostError, match="descriptor 999"):
         hostfile.open_host(io.kernel, 999)
+
+
+def test_a_regular_file_opened_again_has_its_own_position(io, tmp_path):
+    t = io.task
+    fd = give(io, os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT))
+    assert io.write(t, fd, b"first") == 5
+    again = t.files.install(t.files.files[fd].inode.open(t, None, 2), 100)
+    assert io.write(t, again, b"AB") == 2 and io.write(t, fd, b"!") == 1
+    assert (tmp_path / "out").read_bytes() == b"ABrst!"
+    assert io.do(t, "lseek", again, 0, 2) == 6
+    assert io.do(t, "fcntl", again, 4, 0o2000) == 0 and io.do(t, "lseek", again, 0, 0) == 0
+    assert io.write(t, again, b"end") == 3
+    assert (tmp_path / "out").read_bytes() == b"ABrst!end"
