@@ -398,12 +398,13 @@ def notify_parent(process: Process, why: int, status: int) -> None:
 
 
 def is_orphaned(group: ProcessGroup, leaving: Process | None = None) -> bool:
-    """No member has a parent in another group of the same session (credentials(7)); `leaving` counts as gone."""
+    """No member has a parent in another group of the same session (credentials(7)); `leaving` counts as gone. Our init
+    counts as a parent: it is a container's, not the host's (is_global_init), and often the shell itself."""
     for process in group.processes:
         parent = process.parent
         if process is leaving or process.zombie or parent is None:
             continue
-        if parent.group is not group and parent.group.session is group.session and parent is not process.kernel.init:
+        if parent.group is not group and parent.group.session is group.session:
             return False
     return True
 

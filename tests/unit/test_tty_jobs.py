@@ -469,3 +469,31 @@ def test_no_keyboard(world, host_pty):
     assert not terminal.gone and terminal.in_fd == -1
     assert world.read(task, 0) is None
     os.close(null)
+
+
+def test_suspending_a_job_tells_the_shell(world, init):
+    """^Z while the job sleeps and the shell waits for it, as in every interactive session."""
+    shell = Shell(world, init)
+    world.ioctl(shell.leader, shell.fd, ttys.TIOCSPGRP, struct.pack("<i", shell.job.tid))
+    world.put(shell.job, struct.pack("<qq", 100, 0), BUFFER)
+    assert world.call(shell.job, 35, BUFFER, 0) is None  # nanosleep
+    assert world.call(shell.leader, 61, (1 << 64) - 1, BUFFER, 2, 0) is None  # wait4(-1, &status, WUNTRACED)
+    world.write(init, shell.master, b"\x1a")
+    assert shell.job.process.stopped == 20
+    assert shell.leader.ctx.log[-1] == shell.job.tid
+    assert shell.leader.mm.read_u32(BUFFER) == 20 << 8 | 0x7F
+
+
+def test_a_shell_that_is_init_can_suspend_its_jobs(world, host_pty):
+    """`run -it image bash`: the shell is pid 1 and its jobs are no orphans."""
+    screen, fd = host_pty
+    shell, _terminal = world.terminal(fd, fd)
+    job = world.child(shell)
+    assert world.call(job, SETPGID, 0, 0) == 0
+    assert world.ioctl(shell, 0, ttys.TIOCSPGRP, struct.pack("<i", job.tid))[0] == 0
+    world.put(job, struct.pack("<qq", 100, 0), BUFFER)
+    assert world.call(job, 35, BUFFER, 0) is None
+    assert world.call(shell, 61, (1 << 64) - 1, BUFFER, 2, 0) is None
+    os.write(screen, b"\x1a")
+    world.spin()
+    assert job.process.stopped == 20 and shell.ctx.log[-1] == job.tid
