@@ -288,7 +288,7 @@ _NODES = (
 )  # fmt: skip
 _LINKS = (
     (b"ptmx", b"pts/ptmx"), (b"fd", b"/proc/self/fd"), (b"stdin", b"/proc/self/fd/0"), (b"stdout", b"/proc/self/fd/1"),
-    (b"stderr", b"/proc/self/fd/2"), (b"core", b"/proc/kcore"),
+    (b"stderr", b"/proc/self/fd/2"),
 )  # fmt: skip
 _DIRECTORIES = ((b"pts", 0o755), (b"shm", 0o1777), (b"mqueue", 0o1777))
 

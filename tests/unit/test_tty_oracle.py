@@ -92,7 +92,7 @@ class Host:
     def set_raw(self, packed: bytes) -> None:
         fcntl.ioctl(self.slave, TCSETS, packed)
 
-    def settle(self, shown: int, typed: int) -> bytes:
+    def settle(self, shown: int, typed: int, moment: int = 1) -> bytes:
         """What the screen shows. The host's buffers empty themselves later: patience until `shown` bytes have come
         and `typed` are there to be read, then a moment for what should not come."""
         out = b""
@@ -100,7 +100,7 @@ class Host:
         patience.register(self.master, select.POLLIN)
         deadline = time.monotonic() + 2
         while time.monotonic() < deadline:
-            if patience.poll(3):
+            if patience.poll(moment):
                 out += os.read(self.master, 65536)
             elif len(out) >= shown and self.waiting() == typed:
                 break
@@ -175,7 +175,7 @@ def read_both(host: Host, ours: Wires, count: int) -> bytes | None:
     mine = ours.take(count) if ours.available() else None
     ours.refill()
     assert mine == theirs
-    host.settle(0, ours.input_count())  # the kernel refills later than we do
+    host.settle(0, ours.input_count(), 0)  # the kernel refills later than we do
     return theirs
 
 
