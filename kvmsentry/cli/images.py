@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from kvmsentry.cli.main import printable
+
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.pass_context
@@ -32,7 +34,8 @@ def _list() -> None:
             rows.append((tag, image.id[:12], size, str(image.entries), image.source))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
-        click.echo("  ".join(text.ljust(width) for text, width in zip(row, [*widths, 0], strict=True)).rstrip())
+        line = "  ".join(text.ljust(width) for text, width in zip(row, [*widths, 0], strict=True)).rstrip()
+        click.echo(printable(line))
 
 
 def _readable(size: float) -> str:

@@ -93,6 +93,10 @@ def call(arguments: list[str] | None = None) -> int:
 
 
 def _failed(message: str, status: int) -> int:
-    line = " ".join(message.split())
-    sys.stderr.write(f"kvmsentry: {line}\n")
+    sys.stderr.write(f"kvmsentry: {printable(' '.join(message.split()))}\n")
     return status
+
+
+def printable(text: str) -> str:
+    """`text` without anything that a terminal would obey: it may quote an image."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

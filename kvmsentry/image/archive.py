@@ -131,6 +131,8 @@ class DirectoryArchive(_Documents):
         self._fd = fd
 
     def open(self, name: str) -> Member | None:
+        if "\0" in name:
+            return None
         directory, _, last = os.fsencode(_normal(name)).rpartition(b"/")
         try:
             parent, _ = open_directory(self._fd, directory)

@@ -281,6 +281,10 @@ def _object(value: Any, name: str) -> dict[str, Any]:
 
 def _parsed(document: bytes, name: str) -> Any:
     try:
-        return json.loads(document)
+        value = json.loads(document)
+        json.dumps(
+            value, ensure_ascii=False
+        ).encode()  # a lone surrogate, "\\ud800", is in no file name and no environment
+        return value
     except (ValueError, RecursionError):
         raise ImageFault(f"{name} is no JSON") from None

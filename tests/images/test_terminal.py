@@ -54,9 +54,10 @@ class Person:
         os.close(self.slave)
 
 
-@pytest.fixture
-def shell(kvmsentry: list[str], busybox: str) -> Iterator[Person]:
-    person = Person([*kvmsentry, "run", "-it", busybox, "sh"])
+@pytest.fixture(params=["native", "inside"])
+def shell(request: pytest.FixtureRequest, kvmsentry: list[str], busybox: str) -> Iterator[Person]:
+    inside = [*kvmsentry, "run", "-it", busybox, "sh"]
+    person = Person(inside if request.param == "inside" else ["busybox", "sh"])
     person.see(r"# ")
     yield person
     person.close()
@@ -64,7 +65,7 @@ def shell(kvmsentry: list[str], busybox: str) -> Iterator[Person]:
 
 def test_terminal_is_one(shell: Person) -> None:
     shell.type("tty; stty size\r")
-    shell.see(r"/dev/pts/0\r\n30 100\r\n")
+    shell.see(r"/dev/pts/\d+\r\n30 100\r\n")
 
 
 def test_interrupt(shell: Person) -> None:
@@ -106,8 +107,12 @@ def test_resize(shell: Person) -> None:
 def test_line_editing_and_end(shell: Person) -> None:
     shell.type("echo abd\x7fc\r")
     shell.see(r"abc\r\n")
-    shell.type("cat\rline\r\x04")
+    shell.type("cat\r")
+    time.sleep(0.5)
+    shell.type("line\r")
     shell.see(r"line\r\nline\r\n")
+    shell.type("\x04")
+    shell.see(r"# ")
     shell.type("exit 9\r")
     assert shell.process.wait(30) == 9
 

@@ -118,6 +118,12 @@ def test_do_takes_the_host_as_it_is(
     os.close(spec.strace_fd)
 
 
+def test_nothing_of_an_image_steers_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = docker_archive(tmp_path / "a.tar", [], tags=("evil\x1b[2J:1",))
+    assert call(["run", "--image-ref", "other", str(path)]) == 125
+    assert "evil\\x1b[2J:1" in capsys.readouterr().err
+
+
 def test_debug_log_takes_the_strace(started: list[SandboxSpec], tmp_path: Path) -> None:
     call(["do", "--strace", "--debug-log", str(tmp_path / "log"), "true"])
     assert started[0].strace_fd == started[0].log_fd > 2
