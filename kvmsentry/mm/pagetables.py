@@ -10,6 +10,7 @@ What must hold (see README.md, "Making a change hold"):
 
 from __future__ import annotations
 
+import weakref
 from array import array
 from collections.abc import Iterator
 from typing import Any
@@ -82,6 +83,7 @@ class TablePool:
         self.platform, self.frames = platform, frames
         self.clean: list[int] = []
         self.dirty: list[int] = []
+        self.live: weakref.WeakSet[PageTables] = weakref.WeakSet()  # not destroyed: their CR3 works
         self.held = 0  # frames that the pool took from the allocator and keeps
 
     @staticmethod
@@ -96,6 +98,8 @@ class TablePool:
         """GPA of an empty table. `mmu` is an address space whose CR3 works, for the touching (None: take fresh frames
         instead)."""
         if not self.clean:
+            if mmu is None:
+                mmu = next(iter(self.live), None)
             if len(self.dirty) >= _TABLE_BATCH and mmu is not None:
                 self.touch(mmu)
             else:
@@ -156,6 +160,7 @@ class PageTables:
         except BaseException:
             self.pool.free(self.cr3)
             raise
+        self.pool.live.add(self)
 
     # -- tables
 
@@ -418,6 +423,7 @@ class PageTables:
 
     def destroy(self) -> None:
         """Frees the tables, not the leaf frames. No vCPU may run in this address space any more."""
+        self.pool.live.discard(self)
         for books in (self._pts, self._pds, self._pdpts):
             for at in books.values():
                 self.pool.free(at << 3)

@@ -42,18 +42,20 @@ class Processor:
 
     def __init__(self, world: World, space: AddressSpace) -> None:
         self.world, self.space = world, space
-        self.cache: dict[int, tuple[int, int]] = {}  # page -> (entry, table)
+        self.cache: dict[int, tuple[int, list[int]]] = {}  # page -> (entry, the tables it was found through)
 
-    def walk(self, va: int) -> tuple[int, int]:
+    def walk(self, va: int) -> tuple[int, list[int]]:
         table = self.space.mmu.cr3
+        through = []
         for shift in (39, 30, 21, 12):
+            through.append(table)
             entry = self.world.memory.words[(table >> 3) + (va >> shift & 511)]
             if not entry & P:
-                return 0, 0
+                return 0, []
             if shift == 12:
-                return entry, table
+                return entry, through
             if entry & PS:
-                return entry + (va & HUGE - 1 & ~0xFFF), table
+                return entry + (va & HUGE - 1 & ~0xFFF), through
             table = entry & 0xFFFFFFFFFF000
         raise AssertionError
 
@@ -61,11 +63,11 @@ class Processor:
         """GPA, or the signal."""
         need = P | W if write else P
         for _ in range(4):
-            entry, _table = self.cache.get(va, (0, 0))
+            entry, _through = self.cache.get(va, (0, []))
             if entry & need != need or fetch and entry & NX:
-                entry, table = self.walk(va)
+                entry, through = self.walk(va)
                 if entry:
-                    self.cache[va] = entry, table
+                    self.cache[va] = entry, through
             if entry & need == need and not (fetch and entry & NX):
                 return entry & 0xFFFFFFFFFF000
             code = 4 | (2 if write else 0) | (16 if fetch else 0) | (entry & P)
@@ -93,7 +95,7 @@ class Machine(RuleBasedStateMachine):
         gone = set(tables)
         for space, _pages, processor in self.spaces:
             if space.mmu is mmu:
-                processor.cache = {va: have for va, have in processor.cache.items() if have[1] not in gone}
+                processor.cache = {va: have for va, have in processor.cache.items() if gone.isdisjoint(have[1])}
 
     def add(self, space: AddressSpace, pages: dict[int, ModelPage]) -> None:
         space.populate_bytes = 8 * PAGE

@@ -121,7 +121,7 @@ def test_a_table_page_is_touched_before_it_is_a_table_again(world: World) -> Non
     untouched: set[int] = set()  # freed as tables, not in an invalidation since
     seen = 0
     alive = world.mmu()
-    for _ in range(200):
+    for _ in range(400):
         mmu = world.mmu()
         mmu.map(0x10000, 0x100000, PAGE, 3)
         for call in world.platform.calls[seen:]:
@@ -131,9 +131,7 @@ def test_a_table_page_is_touched_before_it_is_a_table_again(world: World) -> Non
         assert not used & untouched
         mmu.destroy()
         untouched |= used
-        if seen >= 3:
-            break
-    assert len(world.platform.calls) >= 3
+    assert len(world.platform.calls) >= 20
     assert world.frames.used_pages == world.frames.table_pool.held < 150, "dirty tables are reused, not piled up"
     alive.destroy()
     last = world.mmu()
