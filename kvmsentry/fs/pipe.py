@@ -387,9 +387,8 @@ def new_pipe(task: Task, flags: int) -> tuple[PipeFile, PipeFile]:
 
 
 def open_fifo(task: Task, inode: Inode, path: Path | None, flags: int) -> PipeFile | Coroutine[Any, Any, PipeFile]:
-    """Open a FIFO: the file, or a coroutine that waits for the other end first; ENXIO for O_WRONLY | O_NONBLOCK without a
-    reader; fifo(7). A pipe that is opened again, through /proc/PID/fd, waits for nobody (is_pipe in fifo_open, fs/pipe.c).
-    """
+    """Open a FIFO: the file, or a coroutine that waits for the other end first; ENXIO for O_WRONLY | O_NONBLOCK without
+    a reader; fifo(7). A pipe that is opened again, through /proc/PID/fd, waits for nobody (is_pipe in fifo_open)."""
     access = flags & O_ACCMODE
     if access == 3:
         raise Errno(errno.EINVAL)
