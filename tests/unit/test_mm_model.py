@@ -267,6 +267,9 @@ class Machine(RuleBasedStateMachine):
         }
         self.add(space.fork(), child)
         if warm:
+            for at in HOT:  # both processors now hold what copy-on-write is about to replace
+                self.read(which, at, False)
+                self.read(len(self.spaces) - 1, at, False)
             for at in HOT:
                 self.write(which, at, False, self.fresh())
                 self.write(len(self.spaces) - 1, at, budget == 0, self.fresh())
