@@ -195,7 +195,7 @@ class KernelLog:
             number, _, text = text[1:].partition(b">")
             if number.isdigit():
                 level = int(number)
-        now = (self.kernel.now() - self.kernel.boot_monotonic) // 1000
+        now = self.kernel.now() // 1000
         self.added.append((level, now, text.decode(errors="backslashreplace")))
         del self.added[: -self.LIMIT]
 

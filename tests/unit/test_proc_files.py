@@ -339,3 +339,16 @@ def test_procps_understands_it(world, init, tmp_path):
 def test_forks_see_one_table(world, init):
     assert world.call(init, FORK) == 2
     assert world.whole(init, b"/proc/1/task/1/children") == b"2 "
+
+
+def test_time_begins_with_this_kernel(world, init):
+    """uptime, start times and CLOCK_BOOTTIME count from the same moment, which is not the host's boot."""
+    clock = [0]
+    world.kernel.now = lambda: clock[0]
+    clock[0] = 100_000_000_000
+    child = world.child(init)
+    clock[0] = 250_000_000_000
+    assert world.whole(init, b"/proc/uptime").split()[0] == b"250.00"
+    assert world.whole(init, b"/proc/%d/stat" % child.tid).rsplit(b") ", 1)[1].split()[19] == b"10000"
+    assert world.call(init, 228, 7, SCRATCH) == 0  # clock_gettime(CLOCK_BOOTTIME)
+    assert init.mm.read_u64(SCRATCH) == 250

@@ -77,7 +77,7 @@ def stat(reader: Task, target: Task, thread: bool = False) -> str:
         0x400000 if mm is not None else 0x40400000,  # PF_RANDOMIZE
         0, 0, 0, 0, used // TICK, 0, process.children_user // TICK, process.children_system // TICK,
         shown_priority, target.nice, len(process.threads), 0,
-        max(0, (target if thread else process).start_time - kernel.boot_monotonic) // TICK,
+        max(0, (target if thread else process).start_time) // TICK,
         mm.total_pages * 4096 if mm is not None else 0, mm.rss_pages if mm is not None else 0, process.rlimits[5][0],
     ]  # fmt: skip
     if image is not None:

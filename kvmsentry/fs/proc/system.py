@@ -139,7 +139,7 @@ def stat(task: Task) -> str:
     """/proc/stat."""
     kernel = task.kernel
     cpus = sorted(kernel.all_cpus)
-    up = (kernel.now() - kernel.boot_monotonic) // TICK
+    up = kernel.now() // TICK
     busy = busy_ns(kernel) // TICK
     each = busy // len(cpus)
     lines = [f"cpu  {busy} 0 0 {max(0, up * len(cpus) - busy)} 0 0 0 0 0 0"]
@@ -191,7 +191,7 @@ def loadavg(task: Task) -> str:
 def uptime(task: Task) -> str:
     """/proc/uptime: seconds since boot, seconds that all processors were idle."""
     kernel = task.kernel
-    up = kernel.now() - kernel.boot_monotonic
+    up = kernel.now()
     idle = max(0, up * len(kernel.all_cpus) - busy_ns(kernel))
     return f"{up / 1e9:.2f} {idle / 1e9:.2f}\n"
 
