@@ -271,8 +271,8 @@ class Machine(RuleBasedStateMachine):
                 self.read(which, at, False)
                 self.read(len(self.spaces) - 1, at, False)
             for at in HOT:
-                self.write(which, at, False, self.fresh())
                 self.write(len(self.spaces) - 1, at, budget == 0, self.fresh())
+                self.write(which, at, False, self.fresh())
 
     def fresh(self) -> bytes:
         self.serial += 1
