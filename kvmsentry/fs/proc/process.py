@@ -63,7 +63,7 @@ def _name(task: Task) -> str:
 
 def stat(reader: Task, target: Task, thread: bool = False) -> str:
     """/proc/PID/stat, or with `thread` /proc/PID/task/TID/stat."""
-    kernel, process, mm = target.kernel, target.process, target.mm
+    process, mm = target.process, target.mm
     tty = process.session.tty
     foreground = tty.foreground if tty is not None else None
     ignored, caught = _signals(target.sighand) if target.sighand is not None else (0, 0)
@@ -102,7 +102,7 @@ def stat(reader: Task, target: Task, thread: bool = False) -> str:
 
 def status(reader: Task, target: Task) -> str:
     """/proc/PID/status."""
-    process, creds, mm, kernel = target.process, target.creds, target.mm, target.kernel
+    process, creds, mm = target.process, target.creds, target.mm
     letter = state(target)
     ignored, caught = _signals(target.sighand) if target.sighand is not None else (0, 0)
     files = target.files
@@ -153,7 +153,6 @@ def status(reader: Task, target: Task) -> str:
         f"Cpus_allowed:\t{cpu_mask(target.affinity)}", f"Cpus_allowed_list:\t{cpu_list(target.affinity)}",
         "Mems_allowed:\t1", "Mems_allowed_list:\t0", "voluntary_ctxt_switches:\t0", "nonvoluntary_ctxt_switches:\t0",
     ]  # fmt: skip
-    del kernel
     return "\n".join(lines) + "\n"
 
 
