@@ -595,6 +595,7 @@ class File:
     seekable = False
     write_all = False  # a blocking write(2) goes on until everything is written: pipes, terminals, stream sockets
     counted = False  # among `inode.writers`
+    read_timeout = write_timeout = 0  # ns that read(2), write(2) sleep at most (SO_RCVTIMEO, SO_SNDTIMEO), 0: for ever
     strips = False  # writing takes the set-id bits away (should_remove_suid, fs/inode.c)
 
     def __init__(self, inode: Inode, path: Path | None, flags: int) -> None:

@@ -34,7 +34,7 @@ from kvmsentry.fs.vfs import (
     File,
 )  # fmt: skip
 from kvmsentry.kernel.task import RLIM_INFINITY, RLIMIT_FSIZE, RLIMIT_NOFILE, SigInfo
-from kvmsentry.kernel.traps import park
+from kvmsentry.kernel.traps import ERESTARTSYS, park
 from kvmsentry.syscall.table import Fd, Long, Offset, Size, UInt, UserPtr, syscall
 from kvmsentry.vcpu.layout import USER_TOP
 
@@ -120,6 +120,11 @@ def read_views(task: Task, file: File, fetch: Fetch, wait: bool = True) -> Any:
     return n
 
 
+def _patience(task: Task, timeout: int) -> tuple[int | None, int]:
+    """(deadline, what a signal raises) of a sleep: sockets may have a timeout, and then do not restart (signal(7))."""
+    return (task.kernel.now() + timeout, errno.EINTR) if timeout else (None, ERESTARTSYS)
+
+
 async def _read_wait(task: Task, file: File, fetch: Fetch) -> int:
     """Sleep until there is something to read."""
     file.refs += 1  # a close by another thread does not end this read
@@ -127,8 +132,10 @@ async def _read_wait(task: Task, file: File, fetch: Fetch) -> int:
         by_task = file.flags & TASK_IO
         queue = file.queue_by(task) if by_task else file.queue
         assert queue is not None
+        deadline, restart = _patience(task, file.read_timeout)
         while True:
-            await park(task, "read", queue, mask=READ_EVENTS)
+            if not await park(task, "read", queue, mask=READ_EVENTS, deadline=deadline, restart=restart):
+                return EAGAIN
             n: int = file.read_by(task, fetch(0)) if by_task else file.read(fetch(0))
             if n != EAGAIN:
                 if n > 0 and WATCHES:
@@ -205,9 +212,12 @@ async def _write_wait(task: Task, file: File, fetch: Fetch, count: int, n: int) 
         by_task = file.flags & TASK_IO
         queue = file.queue_by(task) if by_task else file.queue
         assert queue is not None
+        deadline, restart = _patience(task, file.write_timeout)
         while True:
-            if n == EAGAIN:
-                await park(task, "write", queue, mask=WRITE_EVENTS)
+            if n == EAGAIN and not await park(
+                task, "write", queue, mask=WRITE_EVENTS, deadline=deadline, restart=restart
+            ):
+                return done or EAGAIN
             views = fetch(done)
             n = file.write_by(task, views) if by_task else file.write(views)
             if n == EAGAIN:
