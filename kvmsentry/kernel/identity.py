@@ -5,7 +5,6 @@ The version is fixed and ours, whatever the host runs; nothing here is read from
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 SYSNAME = "Linux"
@@ -38,27 +37,39 @@ def proc_version() -> str:
     return f"{SYSNAME} version {RELEASE} ({BUILDER}) ({COMPILER}) {VERSION}"
 
 
+class _Dice:
+    """Numbers that look random and are the same for the same seed (Knuth's MMIX generator)."""
+
+    def __init__(self, seed: int) -> None:
+        self.state = seed
+
+    def below(self, n: int) -> int:
+        self.state = (self.state * 6364136223846793005 + 1442695040888963407) & 0xFFFFFFFFFFFFFFFF
+        return (self.state >> 33) % n
+
+
 def boot_lines(kernel: Any) -> list[tuple[int, int, str]]:
     """How this kernel booted: (level, microseconds since boot, line), in order; /dev/kmsg.
 
     The same every time it is asked in one sandbox, a little different in the next.
     """
     cpus, mebibytes = len(kernel.all_cpus), kernel.frames.limit_pages >> 8
-    dice = random.Random(kernel.boot_time)
+    dice = _Dice(kernel.boot_time)
     at, lines = 0, []
 
     def say(level: int, text: str) -> None:
         nonlocal at
         lines.append((level, at, text))
-        at += dice.randrange(9_000, 190_000)
+        at += 9_000 + dice.below(181_000)
 
     say(5, proc_version())
     say(6, "Command line: " + command_line())
     say(6, "Hypervisor detected: we are it")
     say(6, f"Memory: {mebibytes}M available, all of it borrowed")
     say(6, f"smp: Brought up 1 node, {cpus} CPU{'s' if cpus != 1 else ''}")
-    for text in dice.sample(_STORY, 7):
-        say(6, text)
+    story = list(_STORY)
+    for _ in range(min(7, len(story))):
+        say(6, story.pop(dice.below(len(story))))
     say(5, "VFS: Mounted root (9p filesystem), read-only at heart.")
     say(6, "Ready. Run /sbin/init as init process? No: yours.")
     return lines

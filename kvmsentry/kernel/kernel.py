@@ -147,7 +147,7 @@ class Kernel:
             else:
                 if self.strace is not None:
                     self.strace(task, row, args, None)
-                result = row.call(task, args)
+                result = table.calls[nr](task, args)
         except Errno as error:
             result = -error.errno
         if self.strace is not None and row is not None:

@@ -8,7 +8,7 @@ than a bad mmap.
 from __future__ import annotations
 
 import errno
-import secrets
+import os
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from kvmsentry.mm.vma import (
     PROT_EXEC,
     PROT_READ,
     PROT_WRITE,
+    random_below,
 )
 
 PAGE = 4096
@@ -134,7 +135,7 @@ class Aux:
     sysinfo_ehdr: int = 0  # address of the vDSO, which the caller has mapped; 0: not given
     rseq_size: int = 0  # 0: not given
     rseq_align: int = 0
-    random: bytes = field(default_factory=lambda: secrets.token_bytes(16))
+    random: bytes = field(default_factory=lambda: os.urandom(16))
 
 
 def is_elf(head: bytes) -> bool:
@@ -273,7 +274,7 @@ def load(
             ):  # ELF_ET_DYN_BASE; a static-pie or an interpreter run by hand goes where mmap puts it
                 near = user_top // 3 * 2
                 if randomize:
-                    near += secrets.randbelow(min(ET_DYN_RND_PAGES, user_top // 8 >> 12)) * PAGE
+                    near += random_below(min(ET_DYN_RND_PAGES, user_top // 8 >> 12)) * PAGE
             image.bias = _place(space, program, near)
         elif not space.tree.free(program.low, program.high):
             raise Errno(errno.ENOMEM)
@@ -321,7 +322,7 @@ def _start_heap(space: Any, image: Image, program: Program, alone: bool, randomi
         # In the mmap area there may be a mapping right behind it: the heap gets the place of other programs.
         start = space.user_top // 3 * 2
     if randomize:
-        start += secrets.randbelow(BRK_RND // PAGE) * PAGE
+        start += random_below(BRK_RND // PAGE) * PAGE
     if start >= space.user_top:
         raise Errno(errno.ENOMEM)
     image.start_brk = start

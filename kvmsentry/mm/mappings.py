@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +42,7 @@ from kvmsentry.mm.vma import (
     VM_SHARED,
     VM_STACK,
     Vma,
+    random_below,
 )
 
 MMAP_MIN_ADDR = 65536  # vm.mmap_min_addr
@@ -68,7 +68,7 @@ class Mappings(UserAccess):
         not)."""
         gap = min(max(self.rlimit_stack, _GAP_MIN), self.user_top // 6 * 5)
         if randomize:
-            gap += _STACK_RND + secrets.randbelow(min(_MMAP_RND_PAGES, self.user_top // 8 >> 12)) * PAGE
+            gap += _STACK_RND + random_below(min(_MMAP_RND_PAGES, self.user_top // 8 >> 12)) * PAGE
         self.mmap_base = self.user_top - gap & -PAGE
 
     # -- mmap

@@ -15,13 +15,12 @@ stack pointer   argc
 from __future__ import annotations
 
 import errno
-import secrets
 import struct
 from collections.abc import Sequence
 from typing import Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.mm.vma import MAP_ANONYMOUS, MAP_FIXED, MAP_GROWSDOWN, MAP_PRIVATE, MAP_STACK
+from kvmsentry.mm.vma import MAP_ANONYMOUS, MAP_FIXED, MAP_GROWSDOWN, MAP_PRIVATE, MAP_STACK, random_below
 
 PAGE = 4096
 MAX_ARG_STRLEN = 32 * PAGE  # uapi/linux/binfmts.h
@@ -49,7 +48,7 @@ class Stack:
             raise Errno(errno.E2BIG)
         self.top = space.user_top & -PAGE
         if randomize:
-            self.top -= secrets.randbelow(min(STACK_RND_PAGES, space.user_top // 16 >> 12)) * PAGE
+            self.top -= random_below(min(STACK_RND_PAGES, space.user_top // 16 >> 12)) * PAGE
         self.argv_block = b"".join([arg + b"\0" for arg in argv])
         self.envp_block = b"".join([entry + b"\0" for entry in envp])
         self.argv_lengths = [len(arg) + 1 for arg in argv]
@@ -58,7 +57,7 @@ class Stack:
         self.execfn_at = self.top - 8 - len(self.execfn)
         self.envp_at = self.execfn_at - len(self.envp_block)
         self.argv_at = self.envp_at - len(self.argv_block)
-        shift = secrets.randbelow(8192) if randomize else 0  # arch_align_stack
+        shift = random_below(8192) if randomize else 0  # arch_align_stack
         self.below = self.argv_at - shift & -16
         self.random_at = self.platform_at = 0
         self.random = b""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -39,6 +40,11 @@ MADV_COLD, MADV_PAGEOUT, MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_DONTNEED_
 # Vma.flags: ours
 VM_SHARED, VM_GROWSDOWN, VM_LOCKED, VM_NORESERVE, VM_DONTFORK, VM_WIPEONFORK = 1, 2, 4, 8, 16, 32
 VM_HUGEPAGE, VM_NOHUGEPAGE, VM_STACK, VM_DONTDUMP, VM_LAZY = 64, 128, 256, 512, 1024
+
+
+def random_below(n: int) -> int:
+    """A random number in [0, n), for address-space layout. (`secrets` would cost every start 10 ms of imports.)"""
+    return int.from_bytes(os.urandom(16), "little") % n
 
 
 class Backing(Protocol):

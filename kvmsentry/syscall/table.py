@@ -13,7 +13,6 @@ more."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -81,20 +80,38 @@ GONE = _Sentinel("GONE")
 class Row:
     """One system call: number, Linux's name, parameters, and how true our answer is."""
 
-    __slots__ = ("nr", "name", "handler", "call", "parameters", "partial", "note")
+    __slots__ = ("nr", "name", "handler", "partial", "note")
 
     def __init__(self, nr: int, handler: Callable[..., Any], partial: str, note: str) -> None:
         self.nr, self.handler, self.partial, self.note = nr, handler, partial, note
         self.name = handler.__name__.removeprefix("sys_")
-        self.parameters: list[tuple[str, str]] = []
-        conversions = []
-        for index, parameter in enumerate(list(inspect.signature(handler).parameters.values())[1:]):
-            kind = KINDS[str(parameter.annotation)]
-            self.parameters.append((parameter.name, kind.show))
-            argument = f"a[{index}]"
-            conversions.append(kind.expression.replace("{}", argument))
-        source = f"lambda task, a: handler(task{''.join(', ' + c for c in conversions)})"
-        self.call = eval(source, {"handler": handler})  # the source is ours alone: names from KINDS
+
+    @property
+    def kinds(self) -> list[tuple[str, Kind]]:
+        """(name, kind) of each parameter after the task."""
+        code, annotations = self.handler.__code__, self.handler.__annotations__
+        return [(name, KINDS[annotations[name]]) for name in code.co_varnames[1 : code.co_argcount]]
+
+    @property
+    def parameters(self) -> list[tuple[str, str]]:
+        """(name, how strace shows it) of each parameter."""
+        return [(name, kind.show) for name, kind in self.kinds]
+
+    def compile(self) -> Callable[[Any, tuple[int, ...]], Any]:
+        """The function (task, six registers) that converts and calls; takes its place in `calls`."""
+        arguments = "".join(
+            ", " + kind.expression.replace("{}", f"a[{index}]") for index, (_, kind) in enumerate(self.kinds)
+        )
+        # The source is ours alone: names from KINDS.
+        call: Callable[[Any, tuple[int, ...]], Any] = eval(
+            f"lambda task, a: handler(task{arguments})", {"handler": self.handler}
+        )
+        calls[self.nr] = call
+        return call
+
+    def call(self, task: Any, args: tuple[int, ...]) -> Any:
+        """Convert and call; stands in `calls` until the row is first used: compiling all would cost start-up time."""
+        return self.compile()(task, args)
 
     @property
     def status(self) -> str:
