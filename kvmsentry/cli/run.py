@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvmsentry.image import Image
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+NETWORKS = ("none", "host", "bridge", "veth", "pasta", "slirp4netns")
 _OPTIONS_END_AT_IMAGE = {"allow_interspersed_args": False}
 
 
@@ -28,7 +29,8 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
         [
             click.option("--platform", default="auto", metavar="auto|kvm|ptrace", help="What runs the application."),
             click.option("--memory", "-m", metavar="SIZE", help="Most memory the sandbox may use, as in 512m or 2g."),
-            click.option("--network", "--net", default="none", show_default=True, metavar="none|host"),
+            click.option("--network", "--net", default="none", show_default=True, metavar="|".join(NETWORKS),
+                         help="Which network: nothing but loopback, a way out through the host, or the host's own."),
             click.option("--hostname", "-h", metavar="NAME", help="Host name inside (default: the sandbox's name)."),
             click.option("--volume", "-v", "volumes", multiple=True, metavar="HOST:GUEST[:ro|rw]",
                          help="Show a file or directory of the host inside. May be repeated."),
@@ -89,8 +91,6 @@ def run(image: str, command: tuple[str, ...], image_ref: str | None, **given: An
     stem = os.path.basename(os.path.normpath(image)).removesuffix(".tar")
     spec = _common_spec(given, given["name"] or stem or "image")  # before the unpacking, which may take a while
     spec.publish = [options.publish(port) for port in given["ports"]]
-    if spec.publish and spec.network == "none":
-        raise UserError("--publish needs a network (--network host)")
     with unpacking(image) as progress:
         opened = open_image(image, image_ref, progress)
     _complete(spec, opened, image, list(command), given)
@@ -169,8 +169,8 @@ def _common_spec(given: dict[str, Any], name: str) -> SandboxSpec:
     platform, network = given["platform"], given["network"]
     if platform not in ("auto", "kvm", "ptrace"):
         raise UserError(f"--platform {platform}: auto, kvm and ptrace are known")
-    if network not in ("none", "host"):
-        raise UserError(f"--network {network}: only none and host are there; bridges and pods come with an engine")
+    if network not in NETWORKS:
+        raise UserError(f"--network {network}: {', '.join(NETWORKS)} are known")
     default = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name).strip("-")[:63]
     log_fd = strace_fd = -1
     volumes = [options.volume(text) for text in given["volumes"]]

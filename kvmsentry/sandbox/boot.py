@@ -15,7 +15,8 @@ from typing import Any
 
 from kvmsentry import log
 from kvmsentry.errors import BrokenInvariant, Errno, HostError, UserError
-from kvmsentry.sandbox import lockdown
+from kvmsentry.sandbox import hostfiles, lockdown
+from kvmsentry.sandbox.network import Network
 from kvmsentry.sandbox.spec import SandboxSpec
 from kvmsentry.sandbox.supervisor import NUMBER, WINDOW, window_size
 
@@ -25,13 +26,13 @@ SI_USER = 0
 GUEST_SHARE = 4  # without --memory the application may use 3/4 of what the host has
 
 
-def main(spec: SandboxSpec, gofer_socket: socket.socket, control: socket.socket) -> int:
+def main(spec: SandboxSpec, gofer_socket: socket.socket, control: socket.socket, network: Network) -> int:
     """The Sentry from fork to end; returns the process's own exit status. Reports to the supervisor on `control`."""
     try:
         lockdown.leave_session()
         if spec.log_fd >= 0:
             log.open_log(spec.log_fd)
-        sandbox = Sandbox(spec, gofer_socket, control)
+        sandbox = Sandbox(spec, gofer_socket, control, network)
         status = sandbox.run()
     except UserError as error:
         return _complain(control, error.status, str(error))
@@ -68,7 +69,9 @@ def memory_limit(spec: SandboxSpec) -> int:
 class Sandbox:
     """One sandbox, from the Sentry's side."""
 
-    def __init__(self, spec: SandboxSpec, gofer_socket: socket.socket, control: socket.socket) -> None:
+    def __init__(
+        self, spec: SandboxSpec, gofer_socket: socket.socket, control: socket.socket, network: Network
+    ) -> None:
         from kvmsentry.gofer.client import Client
         from kvmsentry.kernel.kernel import Kernel
         from kvmsentry.mm.frames import FrameAllocator
@@ -76,7 +79,7 @@ class Sandbox:
         from kvmsentry.syscall import table
         from kvmsentry.vcpu.machine import Machine
 
-        self.spec, self.control = spec, control
+        self.spec, self.control, self.network = spec, control, network
         limit = memory_limit(spec)
         self.platform = Machine()
         self.frames = FrameAllocator(self.platform.memory, limit_pages=limit // PAGE)
@@ -111,7 +114,9 @@ class Sandbox:
         cwd = lookup.directory(spec.cwd, spec.uid, spec.gid)
         files = self._standard_files(lookup, creds)
         path = lookup.command(spec.argv[0], cwd, search_path(spec.env))
-        lockdown.enter(keep_network=spec.network == "host")
+        hostfiles.write(kernel, root, spec, self.network)
+        if not lockdown.enter(self.network):
+            kernel.__dict__["inet_refused"] = True
         try:
             fork.create_init(
                 kernel,

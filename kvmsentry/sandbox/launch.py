@@ -17,6 +17,7 @@ import sys
 from kvmsentry.errors import HostError, UserError
 from kvmsentry.gofer import process as gofer_process
 from kvmsentry.sandbox import boot, supervisor
+from kvmsentry.sandbox.network import Network
 from kvmsentry.sandbox.spec import SandboxSpec
 
 
@@ -48,6 +49,14 @@ def run(spec: SandboxSpec) -> int:
     sys.stderr.flush()
     gc.collect()
     gc.freeze()  # the children share these objects: leave their pages alone
+    network = Network(spec)
+    try:
+        return _run(spec, network)
+    finally:
+        network.close()
+
+
+def _run(spec: SandboxSpec, network: Network) -> int:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     trees = [gofer_process.TreeSpec("root", spec.rootfs, spec.overlay or spec.readonly_root)]
     trees += [
@@ -60,7 +69,7 @@ def run(spec: SandboxSpec) -> int:
         status = 70
         try:
             ours.close()
-            status = boot.main(spec, gofer.sock, theirs)
+            status = boot.main(spec, gofer.sock, theirs, network)
         finally:
             os._exit(status)
     theirs.close()
