@@ -126,7 +126,9 @@ class GoferInode(Inode):
         if self.sb.owners is not None:
             entry = self.sb.owners(self.path())
             if entry is not None:
-                self.mode, self.uid, self.gid = entry
+                mode, self.uid, self.gid = entry
+                if mode is not None:
+                    self.mode = self.mode & 0o170000 | mode & 0o7777
         self.seen = 0 if self.sb.private else time.monotonic_ns()
 
     def path(self) -> bytes:

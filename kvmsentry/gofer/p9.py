@@ -222,7 +222,13 @@ class Message:
     def __init__(self, number: int, name: str, spec: str) -> None:
         self.number, self.name = number, name
         self.fields = [tuple(part.split(":")) for part in spec.split()]
-        self.encode, self.decode = _compile(number, self.fields)
+
+    def __getattr__(self, name: str) -> Any:
+        """`encode` and `decode` are compiled when first asked for: most messages of a session are of a few kinds."""
+        if name not in ("encode", "decode"):
+            raise AttributeError(name)
+        self.encode, self.decode = _compile(self.number, self.fields)
+        return getattr(self, name)
 
 
 def _compile(number: int, fields: list[tuple[str, ...]]) -> tuple[Any, Any]:

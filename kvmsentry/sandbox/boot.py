@@ -7,6 +7,7 @@ that."""
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import socket
@@ -66,6 +67,17 @@ def memory_limit(spec: SandboxSpec) -> int:
     return max(total - total // GUEST_SHARE, 256 << 20)
 
 
+def preload() -> None:
+    """Import every module that a handler might import while it serves: once locked in, no file can be read."""
+    import importlib
+    import pkgutil
+
+    for name in ("kernel", "fs", "fs.proc", "net", "mm"):
+        package = importlib.import_module(f"kvmsentry.{name}")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"kvmsentry.{name}.{module.name}")
+
+
 class Sandbox:
     """One sandbox, from the Sentry's side."""
 
@@ -86,6 +98,7 @@ class Sandbox:
         self.platform.mmu_factory = lambda: PageTables(self.platform, self.frames)
         self.kernel = Kernel(self.platform, self.frames, spec.hostname)
         table.load()
+        preload()
         if spec.strace_fd >= 0:
             from kvmsentry.syscall.strace import Strace
 
@@ -106,6 +119,7 @@ class Sandbox:
             self.client,
             readonly_root=spec.readonly_root,
             overlay=spec.overlay,
+            owners=image_owners(spec.rootfs_owners),
             volumes=[(f"volume{n}", os.fsencode(v.guest), v.readonly) for n, v in enumerate(spec.volumes)],
         )
         root = Path(namespace.root, namespace.root.root)
@@ -135,6 +149,9 @@ class Sandbox:
         self.platform.watch(self.control.fileno(), 1, self._on_control)
         signal.signal(signal.SIGUSR1, lambda *_: self.kernel.dump_to_stderr())
         try:
+            gc.freeze()  # all this lives to the end
+            gc.set_threshold(20_000, 20, 50)
+            gc.enable()
             return kernel.run()
         finally:
             if self.terminal is not None:
@@ -194,6 +211,23 @@ def cannot_run(name: bytes, number: int) -> UserError:
             f"cannot run {shown!r}: no such file or directory in the image (or its interpreter is missing)", 127
         )
     return UserError(f"cannot run {shown!r}: {os.strerror(number)}", 126)
+
+
+def image_owners(path: str) -> Any:
+    """For an image in an ordinary user's store: the function (path in the tree) -> (mode or None, uid, gid) or None that
+    tells whom files really belong to; None where the files on disk tell it themselves."""
+    if not path:
+        return None
+    from kvmsentry.image.owners import load_owners
+
+    owners = load_owners(path)
+    nobody_else = (None, 0, 0) if owners.everyone else None
+
+    def owner(name: bytes) -> tuple[int | None, int, int] | None:
+        entry = owners.entries.get(name)
+        return (entry.mode, entry.uid, entry.gid) if entry is not None else nobody_else
+
+    return owner
 
 
 class Lookup:

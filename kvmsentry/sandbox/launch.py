@@ -47,7 +47,6 @@ def run(spec: SandboxSpec) -> int:
     spec.platform = choose_platform(spec.platform)
     sys.stdout.flush()
     sys.stderr.flush()
-    gc.collect()
     gc.freeze()  # the children share these objects: leave their pages alone
     network = Network(spec)
     try:
