@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-
-gc.disable()  # importing makes no garbage, and collecting amid it takes a tenth of the start; sandbox/launch.py sees to it
-
 import importlib
 import os
 import sys
@@ -66,6 +63,7 @@ def commands() -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line (sys.argv without `arguments`) and exit with its status."""
+    gc.disable()  # the imports to come make no garbage; the Sentry turns it on again (sandbox/boot.py)
     sys.exit(call(arguments))
 
 

@@ -214,7 +214,7 @@ def cannot_run(name: bytes, number: int) -> UserError:
 
 
 def image_owners(path: str) -> Any:
-    """For an image in an ordinary user's store: the function (path in the tree) -> (mode or None, uid, gid) or None that
+    """For an image in an ordinary user's store: the function (path) -> (mode or None, uid, gid) or None that
     tells whom files really belong to; None where the files on disk tell it themselves."""
     if not path:
         return None
