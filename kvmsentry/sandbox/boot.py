@@ -154,6 +154,7 @@ class Sandbox:
             gc.enable()
             return kernel.run()
         finally:
+            log.log(f"counters: {self.platform.counters}")
             if self.terminal is not None:
                 self.terminal.close()  # what the screen has not taken yet
 
