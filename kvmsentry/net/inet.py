@@ -14,6 +14,7 @@ from kvmsentry.kernel import cap
 from kvmsentry.net import options
 from kvmsentry.net.hostsock import HostSocket, refused
 from kvmsentry.net.socket import Control
+from kvmsentry.net.tables import stack_of
 from kvmsentry.syscall import abi_net as abi
 
 if TYPE_CHECKING:
@@ -38,7 +39,14 @@ class InetSocket(HostSocket):
 
     def __init__(self, task: Task, host: socket.socket, family: int, kind: int, protocol: int, flags: int = 0) -> None:
         super().__init__(task, host, kind, protocol, flags)
-        self.family = family  # type: ignore[misc]
+        self.family = family
+        self.stack = stack_of(task.kernel)
+        self.stack.sockets[self] = None
+
+    def release(self) -> None:
+        """No longer in the tables."""
+        self.stack.sockets.pop(self, None)
+        super().release()
 
     # -- names -------------------------------------------------------------------------------------------------------
     def address(self, name: bytes) -> Any:
