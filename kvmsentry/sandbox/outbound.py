@@ -217,14 +217,14 @@ class Pasta(_Helper):
     """pasta: the host's addresses and routes, sockets of the host for the sandbox's connections."""
 
     def __init__(self, user_fd: int, net_fd: int) -> None:
-        me = os.getpid()
         words = ["pasta", "--config-net", "--foreground", "--quiet", "--no-map-gw", "-t", "none", "-u", "none", "-T",
                  "none", "-U", "none", "--dns-forward", PASTA_DNS]  # fmt: skip
         words += ["--runas", "0"] if os.geteuid() == 0 else []
-        words += ["--userns", f"/proc/{me}/fd/{user_fd}"] if user_fd >= 0 else ["--netns-only"]
-        words += ["--netns", f"/proc/{me}/fd/{net_fd}"]
+        words += ["--userns", f"/proc/self/fd/{user_fd}"] if user_fd >= 0 else ["--netns-only"]
+        words += ["--netns", f"/proc/self/fd/{net_fd}"]  # its own: it may not look into ours
         self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                         stderr=subprocess.PIPE, start_new_session=True,
+                                        pass_fds=[fd for fd in (user_fd, net_fd) if fd >= 0],
                                         preexec_fn=_die_with_parent)  # fmt: skip
         deadline = time.monotonic() + PATIENCE
         self.guest_address = ""
