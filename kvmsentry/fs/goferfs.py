@@ -34,6 +34,8 @@ V9FS_MAGIC = 0x01021997  # uapi/linux/magic.h
 IDLE_FDS = 256  # descriptors kept open though no file uses them
 LISTING_LIMIT = 50_000  # entries of a directory that are kept in memory
 LOOKUPS_BEFORE_LISTING = 3
+READ_AHEAD = 240 << 10  # bytes of directories that come with one reply, at most
+WALK_PAUSE = 50_000_000  # ns; directories read closer together than this are a walk
 FRESH_NS = 100_000  # attributes this young were fetched by the same system call
 IOV_MAX = 1024  # uapi/linux/uio.h UIO_MAXIOV
 _XATTRS = (b"user.", b"security.capability")  # what the Gofer serves
@@ -62,6 +64,7 @@ class GoferSuper(SuperBlock):
         super().__init__()
         self.kernel, self.private, self.caching, self.readonly = kernel, private, private, readonly
         self.owners = owners
+        self.walked = self.walked_at = 0  # directories read without a pause; when the last one was
         self.idle_fds: OrderedDict[GoferInode, None] = OrderedDict()
         self.windows = windows_of(kernel)
         self.known: weakref.WeakValueDictionary[tuple[int, int], GoferInode] = weakref.WeakValueDictionary()
@@ -95,9 +98,8 @@ class GoferSuper(SuperBlock):
 class GoferInode(Inode):
     """A file of a tree. `node` is its fid, got when it is first needed; until then (parent, name) lead to it."""
 
-    __slots__ = ("node", "parent", "name", "listing", "lookups", "target", "reader", "writer", "map", "seen",
-    "host_blocks",
-                 "xattrs")  # fmt: skip
+    __slots__ = ("node", "parent", "name", "listing", "lookups", "target", "reader", "writer", "map",
+                 "seen", "host_blocks", "xattrs")  # fmt: skip
 
     sb: GoferSuper
 
@@ -217,12 +219,49 @@ class GoferInode(Inode):
         """All names of a private directory; None when there are too many to keep."""
         listing = self.listing
         if listing is None and self.lookups >= 0:
-            entries = self.fid().readdir_attrs()
+            entries = self._read_ahead()
+            if self.listing is not None:
+                return self.listing
+            if entries is None:
+                entries = self.fid().readdir_attrs()
             if len(entries) > LISTING_LIMIT:
                 self.lookups = -1
                 return None
             listing = self.listing = dict(entries)
         return listing
+
+    def _read_ahead(self) -> list[tuple[bytes, Attr]] | None:
+        """The entries of this directory, asked for by the parent's fid so that it needs none of its own; with them come
+        those of directories below, the more of them the longer somebody has been walking the tree: he goes on to those
+        next. None: it must be read by itself."""
+        parent, sb = self.parent, self.sb
+        if parent is None or parent.listing is None or parent.listing.get(self.name) is not self:
+            return None
+        now = time.monotonic_ns()
+        sb.walked = sb.walked + 1 if now - sb.walked_at < WALK_PAUSE else 0
+        sb.walked_at = now
+        if sb.walked < 2:
+            found = parent.fid().tree(self.name, READ_AHEAD, 0)
+        else:
+            found = parent.fid().tree(self.name, min(4096 << sb.walked, READ_AHEAD), 8)
+        if found is None:
+            return None
+        for path, entries in found[1:]:
+            inode: Any = parent
+            for name in path.split(b"/"):
+                listing = inode.listing
+                below = listing.get(name) if listing is not None else None
+                if below is not None and below.__class__ is not GoferInode:
+                    below = listing[name] = inode._child(name, below)
+                if below is self and self.listing is None and found[0][1] is not None:
+                    self.listing = dict(found[0][1])
+                inode = below
+                if inode is None:
+                    break
+            if inode is not None and entries is not None and inode.listing is None and inode.lookups >= 0:
+                if len(entries) <= LISTING_LIMIT and inode.mode & 0o170000 == st.S_IFDIR:
+                    inode.listing = dict(entries)
+        return found[0][1]
 
     def lookup(self, name: bytes) -> Inode:
         """The child; ENOENT, ENOTDIR."""

@@ -34,6 +34,7 @@ _unpack_entry = p9.ENTRY.unpack_from
 _unpack_attr = p9.ATTR.unpack_from
 _walk_head = struct.Struct("<IBHIHIH").pack  # a walkattr of one step up to the name
 _new = tuple.__new__
+_LISTING = struct.Struct("<IIH")  # tree: errno, length of the entries, of the path
 _DOTS = frozenset((b"", b".", b".."))
 
 
@@ -449,6 +450,47 @@ class Node:
             entries += page
         return entries
 
+    def _entries(self, data: bytes, at: int, end: int) -> list[tuple[bytes, Attr]]:
+        """The entries packed in data[at:end], checked."""
+        entries = []
+        try:
+            while at < end:
+                values = _unpack_entry(data, at)
+                start = at + 82
+                at = start + values[13]
+                name = data[start:at]
+                if b"/" in name or b"\0" in name or name in _DOTS or at > end:
+                    raise self.client._lost("a directory entry with an impossible name")
+                entries.append((name, _new(Attr, values[:13])))
+        except struct.error:
+            raise self.client._lost("a directory entry was cut short") from None
+        return entries
+
+    def tree(self, name: bytes, count: int, depth: int) -> list[tuple[bytes, list[tuple[bytes, Attr]] | None]] | None:
+        """[(path from here, entries)] of the child directory `name`, first, and of directories up to `depth` levels
+        below it, as far as `count` bytes go, in one round trip. Entries None: it cannot be had this way (an error, too
+        large; read it by itself). None altogether: the peer does not know how."""
+        client = self.client
+        if not client.extended:
+            return None
+        (data,) = client._call(p9.T.tree, p9.R.tree, self.fid, min(count, client.msize - 32), depth, name)
+        found: list[tuple[bytes, list[tuple[bytes, Attr]] | None]] = []
+        at, end = 0, len(data)
+        while at < end:
+            if end - at < _LISTING.size:
+                raise client._lost("a listing was cut short")
+            problem, length, path_length = _LISTING.unpack_from(data, at)
+            at += _LISTING.size
+            if length + path_length > end - at:
+                raise client._lost("a listing was cut short")
+            path = data[at : at + path_length]
+            at += path_length
+            found.append((path, self._entries(data, at, at + length) if not problem else None))
+            at += length
+        if not found or found[0][0] != name:
+            raise client._lost("listings that nobody asked for")
+        return found
+
     def readdir_pages(self) -> Iterator[list[tuple[bytes, Attr]]]:
         """The same in pieces as the server sends them, so that a huge directory need not be held at once."""
         client = self.client
@@ -461,19 +503,7 @@ class Node:
                 p9.T.readdirattr.encode(_TAG, self.fid, cookie, client.msize - 32), _TAG, p9.R.readdirattr.number
             )
             following, data = client._decode(p9.R.readdirattr, size)
-            page = []
-            at, end = 0, len(data)
-            try:
-                while at < end:
-                    values = _unpack_entry(data, at)
-                    start = at + 82
-                    at = start + values[13]
-                    name = data[start:at]
-                    if b"/" in name or b"\0" in name or name in _DOTS or at > end:
-                        raise client._lost("a directory entry with an impossible name")
-                    page.append((name, _new(Attr, values[:13])))
-            except struct.error:
-                raise client._lost("a directory entry was cut short") from None
+            page = self._entries(data, 0, len(data))
             if following and (not page or following <= cookie):
                 raise client._lost("a directory that does not end")
             yield page

@@ -9,8 +9,8 @@ import os
 import stat
 import struct
 import sys
-from collections.abc import Iterator
-from errno import EBADF, EBUSY, EINVAL, EIO, ENOENT, ENOTDIR, EPERM, EROFS, ESTALE, EXDEV
+from collections.abc import Iterable, Iterator
+from errno import EBADF, EBUSY, EINVAL, EIO, ENOENT, ENOTDIR, EOVERFLOW, EPERM, EROFS, ESTALE, EXDEV
 from typing import Any
 
 from kvmsentry.errors import Errno
@@ -21,6 +21,8 @@ from kvmsentry.gofer.session import Open, Session, status_fields
 _RENAME_FLAGS = 0x3  # RENAME_NOREPLACE | RENAME_EXCHANGE (uapi/linux/fs.h)
 _FS_ENCODING = sys.getfilesystemencoding()
 _stat = os.stat
+_LISTING = struct.Struct("<IIH")  # tree: errno, length of the entries, of the path
+TREE_DEPTH = 16
 
 
 class NameMessages(Session):
@@ -173,6 +175,74 @@ class NameMessages(Session):
         return p9._HEAD.pack(p9.HEADER + 12 + len(data), 203, tag) + struct.pack(
             "<QI", opened.cookie if full else 0, len(data)
         ) + data  # fmt: skip
+
+    def _pack_entries(self, entries: Iterable[os.DirEntry[str]], room: int) -> tuple[list[bytes], list[bytes]] | None:
+        """(all entries with their attributes, packed; names of the directories among them); None when they take more
+        than `room` bytes."""
+        parts: list[bytes] = []
+        directories: list[bytes] = []
+        put, devices, fields = p9.ENTRY.pack, self.devices, status_fields
+        for found in entries:
+            name = found.name.encode(_FS_ENCODING, "surrogateescape")
+            try:
+                status = found.stat(follow_symlinks=False)
+                dev = devices.get(status.st_dev)
+                if dev is None:
+                    dev = devices[status.st_dev] = len(devices)
+                entry = put(dev, *fields(status), len(name)) + name
+            except struct.error:
+                entry = self._attr(status) + struct.pack("<H", len(name)) + name
+            except OSError:
+                continue  # removed since it was listed
+            if status.st_mode & 0o170000 == 0o040000:
+                directories.append(name)
+            room -= len(entry)
+            if room < 0:
+                return None
+            parts.append(entry)
+        return parts, directories
+
+    def t_tree(self, tag: int, fid: int, count: int, depth: int, name: bytes) -> bytes:
+        """Directories are opened one name at a time beneath `fid`, without following links, read and closed."""
+        node = self._node(fid)
+        if node.kind != stat.S_IFDIR:
+            raise Errno(ENOTDIR)
+        check_name(name)
+        listings: list[bytes] = []
+        room = min(count, self.msize - 32)
+        self._tree(self.nodes.directory(node), name, name, min(depth, TREE_DEPTH), room, listings)
+        return p9.R.tree.encode(tag, b"".join(listings))
+
+    def _tree(self, directory: int, name: bytes, path: bytes, depth: int, room: int, listings: list[bytes]) -> int:
+        """Appends the listing of `name` in `directory` and of those below; returns the room left, -1: it is used up."""
+        room -= _LISTING.size + len(path)
+        if room < 0:
+            return -1
+        try:
+            fd = self.nodes.open_at(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, directory)
+        except OSError as problem:
+            if not listings:
+                listings += (_LISTING.pack(problem.errno or EIO, 0, len(path)), path)
+            return room
+        try:
+            with os.scandir(fd) as scan:
+                packed = self._pack_entries(scan, room)
+            if packed is None:
+                if not listings:
+                    listings += (_LISTING.pack(EOVERFLOW, 0, len(path)), path)
+                return -1
+            parts, directories = packed
+            data = b"".join(parts)
+            listings += (_LISTING.pack(0, len(data), len(path)), path, data)
+            room -= len(data)
+            if depth:
+                for below in directories:
+                    room = self._tree(fd, below, path + b"/" + below, depth - 1, room, listings)
+                    if room < 0:
+                        break
+            return room
+        finally:
+            os.close(fd)
 
     def t_readdir(self, tag: int, fid: int, offset: int, count: int) -> bytes:
         if fid not in self.opens:
