@@ -1,0 +1,5 @@
+sleep 0.3 & (exit 3) & wait -n
+echo $?
+wait
+echo $?
+jobs
