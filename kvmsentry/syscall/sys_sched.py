@@ -24,9 +24,9 @@ def sched_yield(task: Task) -> int:
     return 0
 
 
-def _target(task: Task, pid: int) -> Task:
+def _target(task: Task, pid: int, negative: int = errno.EINVAL) -> Task:
     if pid < 0:
-        raise Errno(errno.EINVAL)
+        raise Errno(negative)
     target = task.kernel.tasks.get(pid) if pid else task
     if target is None:
         raise Errno(errno.ESRCH)
@@ -42,7 +42,7 @@ def _may_change(task: Task, target: Task) -> None:
 @syscall(203, note="remembered, not enforced")
 def sched_setaffinity(task: Task, pid: Pid, length: UInt, mask: UserPtr) -> int:
     wanted = int.from_bytes(task.mm.read(mask, min(length, 1024)), "little")
-    target = _target(task, pid)
+    target = _target(task, pid, errno.ESRCH)
     _may_change(task, target)
     cpus = frozenset(cpu for cpu in task.kernel.all_cpus if wanted >> cpu & 1)
     if not cpus:
@@ -56,7 +56,7 @@ def sched_getaffinity(task: Task, pid: Pid, length: UInt, mask: UserPtr) -> int:
     count = max(task.kernel.all_cpus) + 1
     if length * 8 < count or length & 7:
         return -errno.EINVAL
-    bits = sum(1 << cpu for cpu in _target(task, pid).affinity)
+    bits = sum(1 << cpu for cpu in _target(task, pid, errno.ESRCH).affinity)
     size = min(length, (count + 63) // 64 * 8)
     task.mm.write(mask, bits.to_bytes(size, "little"))
     return size
