@@ -25,10 +25,13 @@ GPA_LIST = 0x1000  # the list of system calls that stubs execute, in what is the
 class FileWindow:
     """A range of GPAs that shows a file. Bytes; `fd` is a descriptor of ours, held until the window goes."""
 
-    __slots__ = ("end", "fd", "gpa", "offset")
+    __slots__ = ("copied", "end", "fd", "gpa", "noexec", "offset", "version")
 
     def __init__(self, gpa: int, end: int, fd: int, offset: int) -> None:
         self.gpa, self.end, self.fd, self.offset = gpa, end, fd, offset
+        self.noexec = bool(os.fstatvfs(fd).f_flag & os.ST_NOEXEC)
+        self.copied: list[tuple[int, int]] = []  # GPA ranges (start, end) of code that lie in the memfd as well
+        self.version = (0, 0)  # st_mtime_ns, st_size when they were copied
 
 
 class GuestMemory(vcpu_memory.GuestMemory):
@@ -77,6 +80,9 @@ class GuestMemory(vcpu_memory.GuestMemory):
         end = gpa + (length + PAGE - 1 & -PAGE)
         window = self.window(gpa)
         super().unmap_file(gpa, length)
+        if window.copied:
+            lib.pt_give_back(self.memfd, window.gpa, window.end - window.gpa)
+            window.copied.clear()
         if window.gpa == gpa and window.end == end:
             at = bisect.bisect_left(self._starts, gpa)
             del self._starts[at], self._windows[at]
@@ -96,6 +102,31 @@ class GuestMemory(vcpu_memory.GuestMemory):
         if at < 0 or gpa >= self._windows[at].end:
             raise BrokenInvariant(f"GPA {gpa:#x} is in no file window")
         return self._windows[at]
+
+    def code(self, window: FileWindow, gpa: int, end: int) -> None:
+        """Has the memfd hold gpa..end of a window too, at the same offset. For code of files on mounts with noexec,
+        which the host does not let anybody map as such; the Gofer's mounts are. As new as the file was at this call."""
+        status = os.fstat(window.fd)
+        version = (status.st_mtime_ns, status.st_size)
+        if version != window.version:
+            window.copied.clear()
+            window.version = version
+        if any(low <= gpa and end <= high for low, high in window.copied):
+            return
+        if os.fstat(self.memfd).st_size < end:
+            os.ftruncate(self.memfd, end)
+        offset, at = window.offset + gpa - window.gpa, gpa
+        while at < end:
+            n = self._copy(window.fd, offset, at, end - at)
+            if n == 0:
+                break  # past the end of the file: zeroes
+            offset += n
+            at += n
+        window.copied.append((gpa, end))
+
+    def _copy(self, fd: int, offset: int, at: int, length: int) -> int:
+        data = os.pread(fd, min(length, 1 << 20), offset)
+        return os.pwrite(self.memfd, data, at) if data else 0
 
     def release(self, gpa: int, length: int) -> None:
         """Gives the host's memory behind RAM back; it reads as zero afterwards, in stubs too."""

@@ -129,6 +129,12 @@ class StubTables:
                 if gpa >= file_base:
                     window = memory.window(gpa)
                     size = min(size, window.end - gpa)
+                    if prot & 4 and window.noexec:
+                        memory.code(window, gpa, gpa + size)
+                        ops.extend((SYS_MMAP, va, size, prot, flags, 0, gpa))
+                        va += size
+                        gpa += size
+                        continue
                     offset = window.offset + gpa - window.gpa
                     number = numbers.get(window.fd)
                     if number is None:
