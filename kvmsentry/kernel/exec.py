@@ -282,9 +282,10 @@ def _prepare(
 
 def _load(task: Task, opened: Opened, execfn: bytes, argv: Sequence[bytes], envp: Sequence[bytes]) -> _New:
     kernel = task.kernel
-    program = elf.parse(opened.reader, USER_TOP)
+    user_top = getattr(kernel.platform, "user_top", USER_TOP)  # a platform may keep the end for itself
+    program = elf.parse(opened.reader, user_top)
     creds, secure = new_credentials(task, opened.path, opened.inode)
-    mm = AddressSpace(kernel.platform.mmu_factory, kernel.frames, USER_TOP)
+    mm = AddressSpace(kernel.platform.mmu_factory, kernel.frames, user_top)
     loading = False
     interpreters: list[Opened] = []
 

@@ -67,6 +67,24 @@ def memory_limit(spec: SandboxSpec) -> int:
     return max(total - total // GUEST_SHARE, 256 << 20)
 
 
+def make_platform(name: str) -> tuple[Any, Any]:
+    """The platform, "kvm" or "ptrace", and the class of its Mmus."""
+    from kvmsentry.mm.pagetables import PageTables
+
+    if name != "ptrace":
+        from kvmsentry.vcpu.machine import Machine
+
+        return Machine(), PageTables
+
+    from kvmsentry.ptrace.space import StubTables
+    from kvmsentry.ptrace.tracer import Tracer
+
+    class Tables(StubTables, PageTables):
+        """mm's tables, mirrored in a stub process."""
+
+    return Tracer(), Tables
+
+
 def preload() -> None:
     """Import every module that a handler might import while it serves: once locked in, no file can be read."""
     import importlib
@@ -87,15 +105,13 @@ class Sandbox:
         from kvmsentry.gofer.client import Client
         from kvmsentry.kernel.kernel import Kernel
         from kvmsentry.mm.frames import FrameAllocator
-        from kvmsentry.mm.pagetables import PageTables
         from kvmsentry.syscall import table
-        from kvmsentry.vcpu.machine import Machine
 
         self.spec, self.control, self.network = spec, control, network
         limit = memory_limit(spec)
-        self.platform = Machine()
+        self.platform, tables = make_platform(spec.platform)
         self.frames = FrameAllocator(self.platform.memory, limit_pages=limit // PAGE)
-        self.platform.mmu_factory = lambda: PageTables(self.platform, self.frames)
+        self.platform.mmu_factory = lambda: tables(self.platform, self.frames)
         self.kernel = Kernel(self.platform, self.frames, spec.hostname)
         table.load()
         preload()

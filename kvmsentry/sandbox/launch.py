@@ -22,24 +22,33 @@ from kvmsentry.sandbox.spec import SandboxSpec
 
 
 def choose_platform(name: str) -> str:
-    """`auto` becomes kvm; HostError where /dev/kvm can't be used, UserError for unknown names."""
-    if name not in ("auto", "kvm"):
-        raise UserError(f"unknown platform {name!r} (known: auto, kvm)")
+    """kvm or ptrace. `auto` is kvm, and ptrace where KVM can't be used, which a line on stderr says; HostError where
+    kvm was asked for and can't be used, UserError for unknown names."""
+    if name not in ("auto", "kvm", "ptrace"):
+        raise UserError(f"unknown platform {name!r} (known: auto, kvm, ptrace)")
+    if name == "ptrace":
+        return name
     device = "/dev/kvm"
+    refused = None
     if not os.path.exists(device):
-        raise HostError(
+        refused = HostError(
             "/dev/kvm is not there",
             0,
             "load it with 'modprobe kvm_amd' or 'modprobe kvm_intel'; in a virtual machine, "
             "enable nested virtualisation; 'kvmsentry doctor' says more",
         )
-    if not os.access(device, os.R_OK | os.W_OK):
-        raise HostError(
+    elif not os.access(device, os.R_OK | os.W_OK):
+        refused = HostError(
             "no permission to open /dev/kvm",
             0,
             "add yourself to its group: 'sudo usermod -aG kvm $USER', then log in again",
         )
-    return "kvm"
+    if refused is None:
+        return "kvm"
+    if name == "kvm":
+        raise refused
+    print(f"kvmsentry: {refused}; going on with the ptrace platform, which is slower", file=sys.stderr, flush=True)
+    return "ptrace"
 
 
 def run(spec: SandboxSpec) -> int:
