@@ -25,6 +25,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stddef.h>
+#include <sched.h>
 #include <stdint.h>
 #include <sys/epoll.h>
 
@@ -107,7 +108,9 @@ struct ks_machine {
 	/* The wait's own. */
 	u64 tsc_khz;
 	u64 gap;		/* smoothed ticks from an empty scan to the next request */
-	u32 credit, trials;	/* whether spinning has paid lately */
+	u32 credit;		/* whether spinning has paid lately */
+	u32 trials, trial_gap;
+	cpu_set_t allowed;	/* the Sentry thread's processors */
 	u64 polled;		/* when the host's descriptors were last looked at */
 	int nhost, host_due;
 	struct epoll_event host[KS_MAX_HOST_EVENTS];

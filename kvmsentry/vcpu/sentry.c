@@ -4,6 +4,7 @@
  */
 #include "ks.h"
 
+#include <sched.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -23,7 +24,8 @@ enum {
 	SAVE_US = 100,
 	HARM_US = 40,		/* a request so soon after a spin in vain was held up by it */
 	TRIAL_US = 30,
-	TRIAL_EVERY = 256,
+	TRIAL_GAP = 8,		/* waits until the next trial, doubled with each up to */
+	TRIAL_GAP_MOST = 512,
 	CREDIT_MAX = 64,
 	CREDIT_LOSS = 16,
 };
@@ -166,9 +168,26 @@ static int found(const struct ks_vcpu *v)
 }
 
 /*
+ * Away from the processor we are on. A guest that rings the doorbell wakes us where it runs itself, and a scheduler that sees
+ * the two take turns has no reason to part them while another processor idles.
+ */
+static void move_over(struct ks_machine *m)
+{
+	cpu_set_t others = m->allowed;
+	int here = sched_getcpu();
+
+	if (here < 0 || CPU_COUNT(&others) < 2)
+		return;
+	CPU_CLR(here, &others);
+	if (CPU_COUNT(&others) && !sched_setaffinity(0, sizeof(others), &others))
+		sched_setaffinity(0, sizeof(m->allowed), &m->allowed);
+}
+
+/*
  * How long to spin for the next request. The measured gap decides, and so does `credit`: when a guest posts as soon as we
  * sleep, then it shares our processor (others use the rest of the host) and spinning keeps it from running. Such spins
- * cost credit, spins that see a request earn it; without credit only a short trial is made now and then.
+ * cost credit, spins that see a request earn it; without credit only a short trial is made now and then: soon after a
+ * passing disturbance, seldom where processors are short.
  */
 static u64 spin_limit(struct ks_machine *m)
 {
@@ -182,8 +201,15 @@ static u64 spin_limit(struct ks_machine *m)
 		limit = SPIN_BUSY_US;
 	else
 		return 0;
-	if (!m->credit)
-		limit = ++m->trials % TRIAL_EVERY ? 0 : TRIAL_US;
+	if (!m->credit) {
+		if (++m->trials < m->trial_gap)
+			return 0;
+		m->trials = 0;
+		if (m->trial_gap < TRIAL_GAP_MOST)
+			m->trial_gap *= 2;
+		move_over(m);
+		limit = TRIAL_US;
+	}
 	return ticks_of_us(m, limit);
 }
 
@@ -191,9 +217,12 @@ static void spin_ended(struct ks_machine *m, u64 spin, u64 spun, u64 slept)
 {
 	if (!spin)
 		return;
-	if (!slept && spun < spin)
-		m->credit = m->credit ? (m->credit < CREDIT_MAX ? m->credit + 1 : CREDIT_MAX) : CREDIT_LOSS;
-	else if (slept < ticks_of_us(m, HARM_US))
+	if (!slept && spun < spin) {
+		if (!m->credit)
+			m->credit = CREDIT_LOSS;
+		else if (m->credit < CREDIT_MAX && ++m->credit == CREDIT_MAX)
+			m->trial_gap = TRIAL_GAP;
+	} else if (slept < ticks_of_us(m, HARM_US))
 		m->credit = m->credit > CREDIT_LOSS ? m->credit - CREDIT_LOSS : 0;
 }
 

@@ -265,7 +265,6 @@ int ks_machine_new(int kvm, int ring0, uint64_t xcr0, void *mem, struct ks_machi
 {
 	struct ks_machine *m = calloc(1, sizeof(*m));
 	struct epoll_event event = { .events = EPOLLIN };
-	cpu_set_t cpus;
 	int rc;
 
 	if (!m)
@@ -278,7 +277,7 @@ int ks_machine_new(int kvm, int ring0, uint64_t xcr0, void *mem, struct ks_machi
 	m->mem = mem;
 	m->have_pwait2 = 1;
 	m->mxcsr_mask = read_mxcsr_mask();
-	m->ncpus = sched_getaffinity(0, sizeof(cpus), &cpus) ? 1 : CPU_COUNT(&cpus);
+	m->ncpus = sched_getaffinity(0, sizeof(m->allowed), &m->allowed) ? 1 : CPU_COUNT(&m->allowed);
 	m->vm = ioctl(kvm, KVM_CREATE_VM, 0);
 	if ((rc = check(m->vm, "KVM_CREATE_VM", failed)))
 		return rc;
@@ -317,6 +316,7 @@ int ks_machine_new(int kvm, int ring0, uint64_t xcr0, void *mem, struct ks_machi
 	m->shared->spins = 20000;
 	m->gap = (u64)1 << 40;
 	m->credit = 16;
+	m->trial_gap = 8;
 	return 0;
 }
 
