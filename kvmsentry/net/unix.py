@@ -134,6 +134,18 @@ class UnixSocket(Socket):
     def purge(self) -> None:
         """Empty the inbox: nobody will ever read it."""
 
+    def put(self) -> None:
+        """One holder less. When only queues hold us, nobody may be able to reach us any more."""
+        File.put(self)
+        if scm.in_flight and self.refs == scm.in_flight.get(self):
+            self.collect_soon()
+
+    def collect_soon(self) -> None:
+        """Look for cycles once the call under way is over."""
+        deferred = self.kernel.deferred
+        if scm.collect not in deferred:
+            deferred.append(scm.collect)
+
     # -- names -------------------------------------------------------------------------------------------------------
     def bind(self, task: Task, name: bytes) -> None:
         """bind(2)."""
@@ -141,9 +153,9 @@ class UnixSocket(Socket):
             self.autobind()
             return
         text = parse(name)
-        if self.name is not None:
-            raise Errno(errno.EINVAL)
         if text[:1] == b"\0":
+            if self.name is not None:
+                raise Errno(errno.EINVAL)
             if text[1:] in self.names.abstract:
                 raise Errno(errno.EADDRINUSE)
             self.names.abstract[text[1:]] = self
@@ -152,6 +164,9 @@ class UnixSocket(Socket):
                 place = ops.mknod_at(task, None, text, S_IFSOCK | (self.inode.mode & 0o7777), 0)
             except Errno as error:
                 raise Errno(errno.EADDRINUSE if error.errno == errno.EEXIST else error.errno) from None
+            if self.name is not None:  # in this order on Linux too: the path comes first, and goes again
+                ops.unlink_at(task, None, text)
+                raise Errno(errno.EINVAL)
             inode = place.inode
             self.bound, self.bound_inode = (inode.sb, inode.ino), inode
             self.names.paths[self.bound] = self
@@ -291,7 +306,8 @@ class UnixSocket(Socket):
         self.purge()
         self.room.wake()
         self.queue.wake(HUNG_UP)
-        scm.collect()
+        if scm.in_flight:
+            self.collect_soon()
 
     def release_newborn(self) -> None:
         """Nobody will accept us any more: for the client it is a reset."""

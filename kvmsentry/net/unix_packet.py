@@ -262,7 +262,9 @@ class PacketSocket(UnixSocket):
         return mask
 
     def input_size(self) -> int:
-        """Bytes of the next packet."""
+        """Bytes of the next packet; all of them for seqpackets (unix_inq_len)."""
+        if self.kind == abi.SOCK_SEQPACKET:
+            return sum(len(packet.data) for packet in self.packets)
         return len(self.packets[0].data) if self.packets else 0
 
     def output_size(self) -> int:
