@@ -137,7 +137,7 @@ def test_debug_log_takes_the_strace(started: list[SandboxSpec], tmp_path: Path) 
         ["run", "-m", "1", "IMAGE"], ["run", "-v", "/tmp", "IMAGE"], ["run", "-v", "/nowhere:/x", "IMAGE"],
         ["run", "-v", "/tmp:x", "IMAGE"], ["run", "-v", "/tmp:/", "IMAGE"], ["run", "-v", "/tmp:/x:rx", "IMAGE"],
         ["run", "-e", "=x", "IMAGE"], ["run", "--env-file", "/nowhere", "IMAGE"], ["run", "-u", "ghost", "IMAGE"],
-        ["run", "-w", "relative", "IMAGE"], ["run", "--network", "bridge", "IMAGE"], ["run", "-p", "80:80", "IMAGE"],
+        ["run", "-w", "relative", "IMAGE"], ["run", "--network", "token-ring", "IMAGE"], ["run", "-p", "80:99999", "IMAGE"],
         ["run", "--network", "host", "-p", "0:80", "IMAGE"], ["run", "--platform", "xen", "IMAGE"],
         ["run", "--hostname", "a b", "IMAGE"], ["run", "--entrypoint", "'", "IMAGE"],
         ["run", "--image-ref", "x", "IMAGE"], ["run", "-i", "-t", "IMAGE"],
