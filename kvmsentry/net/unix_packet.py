@@ -195,9 +195,8 @@ class PacketSocket(UnixSocket):
     def read_by(self, task: Task, views: list[memoryview]) -> int:
         """read(2)."""
         received = self.recv(task, views, 0)
-        if received.__class__ is int:
-            return received  # type: ignore[return-value]
-        assert isinstance(received, Received)
+        if isinstance(received, int):
+            return received
         if received.files:
             scm.drop(received.files)
         return received.n

@@ -7,6 +7,7 @@ host refuses (an ordinary user without user namespaces) the process keeps what i
 from __future__ import annotations
 
 import os
+import resource
 import signal
 
 from kvmsentry import log
@@ -21,6 +22,8 @@ def leave_session() -> None:
     """First thing in the child: die with the supervisor, hear no signals of its terminal."""
     hostcalls.prctl(hostcalls.PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the application's internet sockets are ours too
     for signo in (
         signal.SIGINT,
         signal.SIGTERM,
