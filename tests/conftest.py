@@ -14,12 +14,18 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return "platforms exercised: KVM" if KVM else "platforms exercised: NONE with KVM (/dev/kvm is missing or not writable)"
+    return (
+        "platforms exercised: KVM"
+        if KVM
+        else "platforms exercised: NONE with KVM (/dev/kvm is missing or not writable)"
+    )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not KVM:
-        terminalreporter.write_line("KVM TESTS WERE SKIPPED: /dev/kvm is missing or not writable", yellow=True, bold=True)
+        terminalreporter.write_line(
+            "KVM TESTS WERE SKIPPED: /dev/kvm is missing or not writable", yellow=True, bold=True
+        )
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +46,9 @@ def kvmsentry_do(kvmsentry: list[str]) -> list[str]:
 def busybox(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A busybox image in docker-archive format."""
     path = tmp_path_factory.mktemp("images") / "busybox.tar"
-    subprocess.run([sys.executable, os.path.join(ROOT, "hack", "mkimage"), "busybox", str(path)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, os.path.join(ROOT, "hack", "mkimage"), "busybox", str(path)], check=True, capture_output=True
+    )
     return str(path)
 
 
@@ -51,10 +59,16 @@ Runner = Callable[..., subprocess.CompletedProcess[str]]
 def in_busybox(kvmsentry: list[str], busybox: str) -> Runner:
     """Runs a command in the busybox image: in_busybox("echo", "hi", options=["-w", "/"], input="...")."""
 
-    def run(*argv: str, options: list[str] | None = None, input: str = "", timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def run(
+        *argv: str, options: list[str] | None = None, input: str = "", timeout: float = 60
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*kvmsentry, "run", *(options or []), "-i", busybox, *argv],
-            input=input, capture_output=True, text=True, timeout=timeout, errors="replace",
-        )  # fmt: skip
+            input=input,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            errors="replace",
+        )
 
     return run

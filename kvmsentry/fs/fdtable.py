@@ -74,8 +74,8 @@ class FdTable:
         return file
 
     def drop(self, file: File) -> None:
-        """Give back the reference of a descriptor that is no more: the owner of POSIX locks is the table, and closing any
-        descriptor of a file releases them (fcntl(2))."""
+        """Give back the reference of a descriptor that is no more: the owner of POSIX locks is the table, and closing
+        any descriptor of a file releases them (fcntl(2))."""
         if file.inode.locks is not None:
             file.inode.locks.closed(self)
         file.put()

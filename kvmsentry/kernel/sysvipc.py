@@ -95,8 +95,9 @@ class IpcTable:
         """IPC_RMID: the id and the key are free again."""
         victim.removed = True
         self.objects.pop(victim.id & (MAX_IDS - 1), None)
-        if self.keys.get(victim.key) is victim:
-            del self.keys[victim.key]
+        key: int = victim.key
+        if self.keys.get(key) is victim:
+            del self.keys[key]
 
 
 class Message:

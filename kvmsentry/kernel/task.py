@@ -25,8 +25,9 @@ CAP_LAST = 40
 ALL_CAPABILITIES = (1 << (CAP_LAST + 1)) - 1
 RLIM_INFINITY = (1 << 64) - 1
 RLIM_NLIMITS = 16  # uapi/asm-generic/resource.h
-(RLIMIT_CPU, RLIMIT_FSIZE, RLIMIT_DATA, RLIMIT_STACK, RLIMIT_CORE, RLIMIT_RSS, RLIMIT_NPROC, RLIMIT_NOFILE, RLIMIT_MEMLOCK,
- RLIMIT_AS, RLIMIT_LOCKS, RLIMIT_SIGPENDING, RLIMIT_MSGQUEUE, RLIMIT_NICE, RLIMIT_RTPRIO, RLIMIT_RTTIME) = range(16)  # fmt: skip
+(RLIMIT_CPU, RLIMIT_FSIZE, RLIMIT_DATA, RLIMIT_STACK, RLIMIT_CORE, RLIMIT_RSS, RLIMIT_NPROC, RLIMIT_NOFILE,
+ RLIMIT_MEMLOCK, RLIMIT_AS, RLIMIT_LOCKS, RLIMIT_SIGPENDING, RLIMIT_MSGQUEUE, RLIMIT_NICE, RLIMIT_RTPRIO,
+ RLIMIT_RTTIME) = range(16)  # fmt: skip
 
 
 class Credentials:
@@ -35,7 +36,9 @@ class Credentials:
     __slots__ = ("uid", "euid", "suid", "fsuid", "gid", "egid", "sgid", "fsgid", "groups", "effective", "permitted",
                  "inheritable", "bounding", "ambient", "securebits", "user_ns")  # fmt: skip
 
-    def __init__(self, uid: int = 0, gid: int = 0, groups: frozenset[int] = frozenset(), capabilities: int | None = None) -> None:
+    def __init__(
+        self, uid: int = 0, gid: int = 0, groups: frozenset[int] = frozenset(), capabilities: int | None = None
+    ) -> None:
         self.uid = self.euid = self.suid = self.fsuid = uid
         self.gid = self.egid = self.sgid = self.fsgid = gid
         self.groups = groups
@@ -59,8 +62,8 @@ class Credentials:
 
 
 class SigAction:
-    """struct sigaction as the kernel has it. `handler`: SIG_DFL 0, SIG_IGN 1 or an address. Never changed in place: copies of
-    a SigHand share them."""
+    """struct sigaction as the kernel has it. `handler`: SIG_DFL 0, SIG_IGN 1 or an address. Never changed in place:
+    copies of a SigHand share them."""
 
     __slots__ = ("handler", "flags", "restorer", "mask")
 

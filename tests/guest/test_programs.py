@@ -1,6 +1,7 @@
 """Guest programs: each C file here passes natively first, then does the same inside.
 
-A program prints what it saw and exits 0 when all is as Linux has it; 4 means skipped. Its output must be the same inside.
+A program prints what it saw and exits 0 when all is as Linux has it; 4 means skipped. Its output must be the same
+inside.
 """
 
 from __future__ import annotations

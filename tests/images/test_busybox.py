@@ -1,4 +1,5 @@
-"""A busybox image, used as people use one. What can be compared is compared with the same root file system run natively."""
+"""A busybox image, used as people use one. What can be compared is compared with the same root file system run
+natively."""
 
 from __future__ import annotations
 
@@ -15,10 +16,12 @@ Runner = Callable[..., subprocess.CompletedProcess[str]]
 SCRIPTS = {
     "pipeline": "seq 1 1000 | grep 7 | sort -rn | head -n 5 | tr '\\n' ' '",
     "here-document": "cat <<E | tr a-z A-Z\nfirst $((6 * 7))\nsecond\nE",
-    "statuses": "true; echo $?; false; echo $?; sh -c 'exit 7'; echo $?; nonsense 2>/dev/null; echo $?; sh -c 'kill -9 $$'; echo $?",
+    "statuses": "true; echo $?; false; echo $?; sh -c 'exit 7'; echo $?; nonsense 2>/dev/null; echo $?; "
+    "sh -c 'kill -9 $$'; echo $?",
     "functions": "f() { echo $# $1; return 3; }; f a b; echo $?; x=abc; echo ${x#a} ${x%c} ${#x}",
     "substitution": "echo $(echo $(echo nested)) `echo back`",
-    "files": "cd /tmp; mkdir -p a/b; echo x >a/b/c; ln -s b a/l; ln a/b/c a/d; cat a/l/c; stat -c '%h %s %F' a/d; rm -r a; ls",
+    "files": "cd /tmp; mkdir -p a/b; echo x >a/b/c; ln -s b a/l; ln a/b/c a/d; cat a/l/c; "
+    "stat -c '%h %s %F' a/d; rm -r a; ls",
     "append": "cd /tmp; for i in 1 2 3; do echo $i >>f; done; cat f; wc -c <f; truncate -s 1 f; cat f; rm f",
     "find": "find /bin /etc | sort | md5sum",
     "tar": "cd /tmp; mkdir t; cp /bin/busybox t/; seq 1 5000 >t/seq; tar czf t.tgz t; mkdir u; tar xzf t.tgz -C u; "
@@ -31,7 +34,8 @@ SCRIPTS = {
     "fifo": "cd /tmp; mkfifo p; (echo through >p) & cat p; wait; rm p",
     "read": "printf 'a b c\\nd\\n' | while read x y; do echo \"[$x] [$y]\"; done",
     "expr": "expr 3 \\* 4; test -f /etc/passwd && echo yes; [ -d /nope ] || echo no",
-    "dd": "dd if=/dev/zero bs=4096 count=100 2>/dev/null | md5sum; dd if=/dev/zero of=/dev/full bs=1 count=1 2>&1 | grep -c 'No space'",
+    "dd": "dd if=/dev/zero bs=4096 count=100 2>/dev/null | md5sum; "
+    "dd if=/dev/zero of=/dev/full bs=1 count=1 2>&1 | grep -c 'No space'",
     "umask": "cd /tmp; umask 077; >f; stat -c %a f; umask 0; >g; stat -c %a g; rm f g",
     "thousand": "i=0; while [ $i -lt 1000 ]; do /bin/true; i=$((i+1)); done; echo $i",
     "two-hundred": "i=0; while [ $i -lt 200 ]; do sleep 1 & i=$((i+1)); done; wait; echo done",
@@ -60,8 +64,12 @@ def rootfs(busybox: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 def natively(rootfs: str, script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["unshare", "-mpf", "--mount-proc", "chroot", rootfs, "/bin/sh", "-c", script],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, env={"PATH": "/bin:/usr/bin:/sbin:/usr/sbin"},
-    )  # fmt: skip
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"PATH": "/bin:/usr/bin:/sbin:/usr/sbin"},
+    )
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -74,7 +82,9 @@ def test_same_as_native(name: str, rootfs: str, in_busybox: Runner) -> None:
 def test_big_file(in_busybox: Runner) -> None:
     script = "dd if=/dev/zero bs=1M count=500 2>/dev/null | tr '\\0' x >/tmp/big; wc -c </tmp/big; md5sum </tmp/big"
     expected = subprocess.run(
-        ["sh", "-c", "dd if=/dev/zero bs=1M count=500 2>/dev/null | tr '\\0' x | md5sum"], capture_output=True, text=True
+        ["sh", "-c", "dd if=/dev/zero bs=1M count=500 2>/dev/null | tr '\\0' x | md5sum"],
+        capture_output=True,
+        text=True,
     ).stdout
     done = in_busybox("sh", "-c", script, timeout=300)
     assert done.stdout.split() == ["524288000", *expected.split()], done.stderr
@@ -95,9 +105,17 @@ def test_list_everything(in_busybox: Runner) -> None:
 
 @pytest.mark.parametrize(
     ("argv", "status"),
-    [(["true"], 0), (["false"], 1), (["sh", "-c", "exit 42"], 42), (["sh", "-c", "sh -c 'kill -TERM $$'; exit $?"], 143), (["nonsense"], 127),
-     (["/etc/passwd"], 126), (["/nonsense"], 127), (["/etc"], 126)],
-)  # fmt: skip
+    [
+        (["true"], 0),
+        (["false"], 1),
+        (["sh", "-c", "exit 42"], 42),
+        (["sh", "-c", "sh -c 'kill -TERM $$'; exit $?"], 143),
+        (["nonsense"], 127),
+        (["/etc/passwd"], 126),
+        (["/nonsense"], 127),
+        (["/etc"], 126),
+    ],
+)
 def test_exit_status(argv: list[str], status: int, in_busybox: Runner) -> None:
     done = in_busybox(*argv)
     assert done.returncode == status
@@ -109,15 +127,32 @@ def test_settings(in_busybox: Runner, tmp_path: pathlib.Path) -> None:
     tmp_path.chmod(0o777)
     (tmp_path / "given").write_text("from the host\n")
     done = in_busybox(
-        "sh", "-c", "echo $X; pwd; id -u; hostname; cat /in/given; echo back >/out/made; touch /in/no 2>&1",
-        options=["-e", "X=y", "-w", "/tmp", "-u", "1000", "--hostname", "box", "-v", f"{tmp_path}:/in:ro", "-v", f"{tmp_path}:/out"],
-    )  # fmt: skip
+        "sh",
+        "-c",
+        "echo $X; pwd; id -u; hostname; cat /in/given; echo back >/out/made; touch /in/no 2>&1",
+        options=[
+            "-e",
+            "X=y",
+            "-w",
+            "/tmp",
+            "-u",
+            "1000",
+            "--hostname",
+            "box",
+            "-v",
+            f"{tmp_path}:/in:ro",
+            "-v",
+            f"{tmp_path}:/out",
+        ],
+    )
     assert done.stdout.splitlines()[:5] == ["y", "/tmp", "1000", "box", "from the host"], done.stderr
     assert "Read-only" in done.stdout
 
 
 def test_volume_is_written(in_busybox: Runner, tmp_path: pathlib.Path) -> None:
-    done = in_busybox("sh", "-c", "echo back >/out/made; mkdir /out/d; mv /out/made /out/d/", options=["-v", f"{tmp_path}:/out"])
+    done = in_busybox(
+        "sh", "-c", "echo back >/out/made; mkdir /out/d; mv /out/made /out/d/", options=["-v", f"{tmp_path}:/out"]
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "d" / "made").read_text() == "back\n"
 
@@ -133,15 +168,25 @@ def test_read_only(in_busybox: Runner) -> None:
 
 
 def test_memory_limit(in_busybox: Runner) -> None:
-    done = in_busybox("sh", "-c", "dd if=/dev/zero of=/tmp/x bs=1M count=100 2>&1; rm /tmp/x; echo alive", options=["--memory", "64m"])
+    done = in_busybox(
+        "sh", "-c", "dd if=/dev/zero of=/tmp/x bs=1M count=100 2>&1; rm /tmp/x; echo alive", options=["--memory", "64m"]
+    )
     assert "alive" in done.stdout
 
 
 def test_stdin_and_signals(kvmsentry: list[str], busybox: str) -> None:
     process = subprocess.Popen(
-        [*kvmsentry, "run", busybox, "sh", "-c", "trap 'echo caught; exit 5' TERM; echo ready; while :; do sleep 0.1; done"],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            *kvmsentry,
+            "run",
+            busybox,
+            "sh",
+            "-c",
+            "trap 'echo caught; exit 5' TERM; echo ready; while :; do sleep 0.1; done",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.terminate()
@@ -162,5 +207,3 @@ def test_nothing_is_left(kvmsentry: list[str], busybox: str) -> None:
     for argv in (["true"], ["false"], ["sh", "-c", "sleep 100 & sleep 100 & exit 1"], ["nonsense"]) * 3:
         subprocess.run([*kvmsentry, "run", busybox, *argv], capture_output=True, timeout=60)
     assert census() == before
-
-
