@@ -10,6 +10,7 @@ import contextlib
 import ipaddress
 import os
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -107,6 +108,7 @@ class Veth:
         self.resolv_conf = host_resolv_conf()
 
     def _set_up(self, net_fd: int) -> None:
+        _sweep()
         tag = f"ks{os.getpid() & 0xFFFFFF:x}"
         network = self._choose()
         gateway, guest = network[1], network[2]
@@ -161,6 +163,19 @@ class Veth:
             with contextlib.suppress(OSError), open("/proc/sys/net/ipv4/ip_forward", "w") as file:
                 file.write("0")
         self.forward_was_off = False
+
+
+def _sweep() -> None:
+    """Rules of sandboxes whose supervisor was killed: their interface went with their namespace, the rules stayed. A
+    sandbox's interface is there before its first rule and goes after its last."""
+    for table in ("nat", "filter"):
+        listed = subprocess.run(["iptables", "-w", "10", "-t", table, "-S"], capture_output=True, text=True).stdout
+        alive = {name for _, name in socket.if_nameindex()}  # after the list: a new rule's interface is among them
+        for line in listed.splitlines():
+            words = shlex.split(line)
+            mark = next((word for word in words if word.startswith("kvmsentry ks")), "")
+            if words[:1] == ["-A"] and mark and mark.split()[1] + "h" not in alive:
+                _command("iptables", "-w", "10", "-t", table, "-D", *words[1:], fatal=False)
 
 
 class _Helper:
