@@ -19,7 +19,6 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
-#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -125,7 +124,6 @@ static void __attribute__((noreturn, noinline)) born(struct birth *b)
 	if (sys(SYS_close_range, 2, ~0U, 0, 0, 0, 0) < 0)
 		for (int fd = 2; fd < 65536; fd++)
 			sys(SYS_close, fd, 0, 0, 0, 0, 0);
-	sys(SYS_setpriority, PRIO_PROCESS, 0, 4, 0, 0, 0);	/* the Sentry goes first */
 	if (sys(SYS_mmap, PT_STUB, 0x2000, PROT_READ | PROT_WRITE, private, -1, 0) != (long)PT_STUB)
 		goto failed;
 	if (sys(SYS_mmap, PT_LIST, PT_LIST_LENGTH, PROT_READ, MAP_SHARED | MAP_FIXED, 0, b->list) != (long)PT_LIST)
