@@ -320,7 +320,8 @@ def _start_heap(space: Any, image: Image, program: Program, alone: bool, randomi
     start = program.high + image.bias + PAGE - 1 & -PAGE
     if program.dynamic and alone:
         # In the mmap area there may be a mapping right behind it: the heap gets the place of other programs.
-        start = space.user_top // 3 * 2
+        # Its start is page aligned (randomize_page): C libraries put their first thread's block right there.
+        start = space.user_top // 3 * 2 + PAGE - 1 & -PAGE
     if randomize:
         start += random_below(BRK_RND // PAGE) * PAGE
     if start >= space.user_top:

@@ -124,6 +124,7 @@ def test_the_same_without_randomness_twice(world: World) -> None:
 def test_static_pie_and_interpreter(world: World, space: AddressSpace) -> None:
     image = run(world, space, build(SPIE, kind=3, entry=0x1000))
     assert image.bias and image.entry == image.bias + 0x1000 and image.base == 0
+    assert image.start_brk % PAGE == 0, "the C library's thread block goes there"
     assert space.read(image.bias + PAGE, 1) == b"B"
     other = world.space()
     path = b"/lib/ld.so\0"
