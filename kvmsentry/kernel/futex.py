@@ -23,10 +23,11 @@ BITSET_ALL = 0xFFFFFFFF
 class Waiter:
     """One sleeper: it may be moved from word to word (requeue) while it sleeps."""
 
-    __slots__ = ("task", "key", "bitset", "queue", "woken", "pi", "index")
+    __slots__ = ("task", "key", "bitset", "queue", "woken", "pi", "target", "index")
 
-    def __init__(self, task: Task, key: Hashable, bitset: int, pi: bool = False) -> None:
+    def __init__(self, task: Task, key: Hashable, bitset: int, pi: bool = False, target: Hashable = None) -> None:
         self.task, self.key, self.bitset, self.pi = task, key, bitset, pi
+        self.target = target  # FUTEX_WAIT_REQUEUE_PI: the word it expects to be moved to
         self.queue = WaitQueue()
         self.woken = False
         self.index = 0
@@ -129,7 +130,7 @@ def requeue(
     return woken, _move(key, key2, move_count)
 
 
-def _move(key: Hashable, key2: Hashable, count: int) -> int:
+def _move(key: Hashable, key2: Hashable, count: int, pi: bool = False) -> int:
     words = _waiters.get(key)
     moved = 0
     if words is None or key == key2:
@@ -137,6 +138,8 @@ def _move(key: Hashable, key2: Hashable, count: int) -> int:
     for waiter in list(words):
         if moved >= count:
             break
+        if waiter.target != key2 if pi else waiter.pi:
+            raise Errno(errno.EINVAL)  # both sides must agree on the kind and on the word
         del words[waiter]
         waiter.key = key2
         _add(waiter)
@@ -230,6 +233,8 @@ async def _sleep_pi(task: Task, waiter: Waiter, deadline: int | None) -> int:
     except Errno:
         if waiter.woken:
             return 0
+        if waiter.target is not None and waiter.key == waiter.target:
+            return -errno.EWOULDBLOCK  # moved already: the first word is no longer what to wait for
         raise
     finally:
         if not waiter.woken:
@@ -280,7 +285,7 @@ def wait_requeue_pi(
     mm = task.mm
     if mm.read_u32(address) != expected:
         return -errno.EAGAIN
-    waiter = Waiter(task, mm.futex_key(address, private), bitset, pi=True)
+    waiter = Waiter(task, mm.futex_key(address, private), bitset, pi=True, target=mm.futex_key(address2, private))
     _add(waiter)
     return _sleep_pi(task, waiter, deadline)
 
@@ -299,6 +304,8 @@ def cmp_requeue_pi(
     if not words:
         return 0
     first = next(iter(words))
+    if first.target != key2:
+        return -errno.EINVAL
     done = 0
     word = mm.read_u32(address2)
     while word & FUTEX_TID_MASK == 0:
@@ -311,7 +318,7 @@ def cmp_requeue_pi(
             done = 1
             break
         word = seen
-    moved = _move(key, key2, move_count if done else move_count + 1)
+    moved = _move(key, key2, move_count if done else move_count + 1, pi=True)
     while moved:
         word = mm.read_u32(address2)
         if word & FUTEX_WAITERS or mm.cmpxchg_u32(address2, word, word | FUTEX_WAITERS) == word:
