@@ -7,7 +7,7 @@ from struct import Struct
 from typing import Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs.vfs import O_NONBLOCK
+from kvmsentry.fs.vfs import O_NONBLOCK, File
 from kvmsentry.kernel import cap, sigframe, signals
 from kvmsentry.kernel.pidfd import PidFile
 from kvmsentry.kernel.task import RLIMIT_NOFILE, Process, SigAction, SigInfo, Task
@@ -318,11 +318,23 @@ def _pid_file(task: Task, fd: int) -> PidFile:
     return file
 
 
+def _process_of(file: File) -> Process:
+    """The process that a pidfd means, or a descriptor of /proc/PID (tgid_pidfd_to_pid). EBADF."""
+    if isinstance(file, PidFile):
+        return file.process  # type: ignore[no-any-return]
+    from kvmsentry.fs.procfs import ProcessInode
+
+    inode = file.inode
+    if not isinstance(inode, ProcessInode) or inode.task is not None:
+        raise Errno(errno.EBADF)
+    return inode.process
+
+
 @syscall(424)
 def pidfd_send_signal(task: Task, fd: Fd, signo: Signal, info: UserPtr, flags: UInt) -> int:
     if flags:
         return -errno.EINVAL
-    process: Process = _pid_file(task, fd).process
+    process = _process_of(task.files.get(fd))
     if not 0 <= signo <= NSIG_VALID:
         return -errno.EINVAL
     if info:

@@ -1,5 +1,9 @@
 /* Edges of single calls that other people's suites lean on: which errno comes first, what a refused call leaves behind. */
 #include "proc_check.h"
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <pthread.h>
 #include <sched.h>
 
 static void scheduling(void)
@@ -16,9 +20,85 @@ static void scheduling(void)
 	FAILS(sched_rr_get_interval(-1, &t), EINVAL);
 }
 
+static void signals_through_proc(void)
+{
+	pid_t pid = fork();
+	char path[64];
+	int fd, task;
+
+	if (pid == 0) {
+		pause();
+		_exit(0);
+	}
+	snprintf(path, sizeof(path), "/proc/%d", pid);
+	fd = open(path, O_RDONLY | O_DIRECTORY);
+	CHECK(fd >= 0);
+	snprintf(path, sizeof(path), "/proc/%d/task/%d", pid, pid);
+	task = open(path, O_RDONLY | O_DIRECTORY);
+	CHECK(task >= 0);
+	FAILS(syscall(SYS_pidfd_send_signal, task, SIGTERM, NULL, 0), EBADF);
+	FAILS(syscall(SYS_pidfd_send_signal, open("/", O_RDONLY), SIGTERM, NULL, 0), EBADF);
+	CHECK(syscall(SYS_pidfd_send_signal, fd, 0, NULL, 0) == 0);
+	CHECK(syscall(SYS_pidfd_send_signal, fd, SIGTERM, NULL, 0) == 0);
+	CHECK(status_of(pid) == SIGTERM);
+	FAILS(syscall(SYS_pidfd_send_signal, fd, SIGTERM, NULL, 0), ESRCH);
+}
+
+static uint32_t word, other, third;
+
+static long futex(uint32_t *a, int op, uint32_t value, long timeout_or_count, uint32_t *b, uint32_t value3)
+{
+	return syscall(SYS_futex, a, op | FUTEX_PRIVATE_FLAG, value, timeout_or_count, b, value3);
+}
+
+static void *plain_waiter(void *unused)
+{
+	CHECK(futex(&word, FUTEX_WAIT, 0, 0, NULL, 0) == 0);
+	return NULL;
+}
+
+static void *requeued_waiter(void *unused)
+{
+	FAILS(futex(&word, FUTEX_WAIT_REQUEUE_PI, 0, 0, &other, 0), EWOULDBLOCK);
+	return NULL;
+}
+
+static void on_signal(int signo)
+{
+}
+
+/* FUTEX_CMP_REQUEUE_PI and the waiters must agree; a signal before the move waits on, one after it gives up. */
+static void requeue_pi(void)
+{
+	struct sigaction action = { .sa_handler = on_signal };
+	pthread_t thread;
+
+	CHECK(sigaction(SIGUSR1, &action, NULL) == 0);
+	CHECK(pthread_create(&thread, NULL, plain_waiter, NULL) == 0);
+	nap(200);
+	FAILS(futex(&word, FUTEX_CMP_REQUEUE_PI, 1, 0, &other, 0), EINVAL);
+	CHECK(futex(&word, FUTEX_WAKE, 1, 0, NULL, 0) == 1);
+	CHECK(pthread_join(thread, NULL) == 0);
+
+	CHECK(futex(&other, FUTEX_LOCK_PI, 0, 0, NULL, 0) == 0);
+	CHECK(pthread_create(&thread, NULL, requeued_waiter, NULL) == 0);
+	nap(200);
+	FAILS(futex(&word, FUTEX_CMP_REQUEUE, 1, INT_MAX, &other, 0), EINVAL);
+	FAILS(futex(&word, FUTEX_CMP_REQUEUE_PI, 1, 0, &third, 0), EINVAL);
+	CHECK(pthread_kill(thread, SIGUSR1) == 0);
+	nap(200);
+	CHECK(futex(&word, FUTEX_CMP_REQUEUE_PI, 1, 0, &other, 0) == 1);
+	CHECK(pthread_kill(thread, SIGUSR1) == 0);
+	CHECK(pthread_join(thread, NULL) == 0);
+	CHECK(futex(&other, FUTEX_UNLOCK_PI, 0, 0, NULL, 0) == 0);
+	CHECK(other == 0);
+}
+
 int main(void)
 {
 	scheduling();
+	signals_through_proc();
+	requeue_pi();
 	puts("edges are Linux's");
 	return 0;
 }
