@@ -321,7 +321,7 @@ def _pid_file(task: Task, fd: int) -> PidFile:
 def _process_of(file: File) -> Process:
     """The process that a pidfd means, or a descriptor of /proc/PID (tgid_pidfd_to_pid). EBADF."""
     if isinstance(file, PidFile):
-        return file.process  # type: ignore[no-any-return]
+        return file.process
     from kvmsentry.fs.procfs import ProcessInode
 
     inode = file.inode
