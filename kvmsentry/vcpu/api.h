@@ -76,6 +76,10 @@ int ks_unmap(void *at, uint64_t length);
 int ks_give_back(void *at, uint64_t length);
 void ks_zero(void *at, uint64_t length);
 void ks_copy(void *to, const void *from, uint64_t length);
+/* Atomic towards guest threads; returns what the word was. */
+uint32_t ks_cmpxchg32(void *word, uint32_t expected, uint32_t desired);
+/* Orders the memory accesses of all threads of the process, guests included; negative errno. */
+int ks_memory_barrier(void);
 int64_t ks_safe_read(const void *from, void *to, uint64_t length);
 int64_t ks_safe_write(void *to, const void *from, uint64_t length);
 /* cffi: to here */

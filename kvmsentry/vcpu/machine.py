@@ -356,6 +356,12 @@ class Machine:
         if rc < 0:
             raise HostError("invalidation by the service vCPU", -rc)
 
+    def memory_barrier(self) -> None:
+        """Every guest thread passes a full memory barrier before this returns (membarrier(2) for the runner threads)."""
+        rc = lib.ks_memory_barrier()
+        if rc < 0:
+            raise HostError("membarrier", -rc)
+
     def close(self) -> None:
         """Ends every vCPU, then the machine and its memory."""
         if getattr(self, "_epoll", None) is not None:

@@ -2,8 +2,10 @@
 /* Host memory behind guest-physical memory. Addresses are ours; all return 0 or -errno. */
 #include "ks.h"
 
+#include <linux/membarrier.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -67,6 +69,24 @@ void ks_zero(void *at, uint64_t length)
 void ks_copy(void *to, const void *from, uint64_t length)
 {
 	memmove(to, from, length);
+}
+
+uint32_t ks_cmpxchg32(void *word, uint32_t expected, uint32_t desired)
+{
+	__atomic_compare_exchange_n((uint32_t *)word, &expected, desired, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+	return expected;
+}
+
+int ks_memory_barrier(void)
+{
+	static int registered;
+
+	if (!registered && !syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED, 0, 0))
+		registered = 1;
+	/* The global one waits for every processor to schedule: milliseconds, but it is there since Linux 4.3. */
+	if (syscall(SYS_membarrier, registered ? MEMBARRIER_CMD_PRIVATE_EXPEDITED : MEMBARRIER_CMD_GLOBAL, 0, 0))
+		return -errno;
+	return 0;
 }
 
 /* Through the kernel, which finds a missing page of a truncated file where a load of ours would get SIGBUS. */

@@ -164,6 +164,11 @@ class GuestMemory:
         """Copies granted memory, GPA to GPA; the ranges may overlap."""
         lib.ks_copy(self._base + dst, self._base + src, length)
 
+    def cmpxchg_u32(self, gpa: int, old: int, new: int) -> int:
+        """If the word at `gpa` (aligned, granted) is `old`, store `new`; returns what it was. Atomic towards guests."""
+        found: int = lib.ks_cmpxchg32(self._base + gpa, old, new)
+        return found
+
     def safe_read(self, gpa: int, length: int) -> bytes:
         """Bytes of a file window; Errno(EFAULT) when the file has been truncated under it."""
         data = bytearray(length)
