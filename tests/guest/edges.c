@@ -94,8 +94,21 @@ static void requeue_pi(void)
 	CHECK(other == 0);
 }
 
+/* Who reads about itself is in read(2). */
+static void own_system_call(void)
+{
+	char buffer[200], expected[100];
+	int fd = open("/proc/self/syscall", O_RDONLY);
+
+	CHECK(fd >= 0);
+	snprintf(expected, sizeof(expected), "%d 0x%x 0x%lx 0x%lx 0x", SYS_read, fd, (long)buffer, sizeof(buffer));
+	CHECK(syscall(SYS_read, fd, buffer, sizeof(buffer)) > (long)strlen(expected));
+	CHECK(strncmp(buffer, expected, strlen(expected)) == 0);
+}
+
 int main(void)
 {
+	own_system_call();
 	scheduling();
 	signals_through_proc();
 	requeue_pi();

@@ -244,7 +244,7 @@ def wchan(reader: Task, target: Task) -> str:
 def syscall(reader: Task, target: Task) -> str:
     """/proc/PID/syscall."""
     look(reader, target)
-    if target.in_guest or target.sleep is None or target.ctx is None:
+    if target.in_guest or target.ctx is None or (target.sleep is None and target is not reader):
         return "running\n"
     regs = target.ctx.regs
     place = f"0x{regs[6]:x} 0x{regs[16]:x}"  # RSP, RIP of vcpu/layout.py
