@@ -1,7 +1,7 @@
 """Whether an instruction stores: ptrace tells the address of a page fault, not the error code's write bit.
 
-Good for the signal frame of a fault on a page that is not there (for one that is, the page's own bits tell); what is not
-known here counts as a load. SDM vol. 2, appendix A, opcode maps; 64-bit mode.
+Good for the signal frame of a fault on a page that is not there (for one that is, the page's own bits tell); what is
+not known here counts as a load. SDM vol. 2, appendix A, opcode maps; 64-bit mode.
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ int pt_start(struct pt_tracer *m, int memfd, int sock, uint64_t list, void *ops,
 	if (rc)
 		goto out_pipes;
 	*failed = "starting a stub process";
-	child = syscall(SYS_clone, 0, 0, 0, 0, 0);
+	child = syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);	/* all that come after end with this signal too */
 	if (child < 0) {
 		rc = -errno;
 		goto out_stack;

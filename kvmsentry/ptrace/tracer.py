@@ -460,16 +460,17 @@ class Tracer:
         if ctx.error_code & 0x10:
             return False
         entry = mmu.entry(va & -PAGE) if va < self.user_top else 0
+        if entry & P and (mmu.partial or len(mmu.contexts) > 1) and ctx._retried != (va, rip):
+            # Another thread had the page filled meanwhile, or the stub lost it: once more, and then it is a fault.
+            ctx._retried = (va, rip)
+            if mmu.partial:
+                mmu.changed.append((va & -0x10000, (va & -0x10000) + 0x10000))
+            ctx.reload()
+            return True
+        ctx._retried = None
         if va == rip or (not va & PAGE - 1 and 0 < va - rip < 15 and entry & NX):  # 15: an instruction's longest
             ctx.error_code = 0x14 | entry & P
         elif entry & P:
-            # A load, if another thread had the page filled meanwhile or the stub lost it; else a store.
-            if (mmu.partial or len(mmu.contexts) > 1) and ctx._retried != (va, rip):
-                ctx._retried = (va, rip)
-                mmu.changed.append((va & -0x10000, (va & -0x10000) + 0x10000) if mmu.partial else (va & -PAGE,) * 2)
-                ctx.reload()
-                return True
-            ctx._retried = None
             ctx.error_code = 5 | (0 if entry & W else 2)
         else:
             ctx.error_code = 4 | (2 if stores(self._code(mmu, rip)) else 0)
