@@ -696,7 +696,7 @@ static int watch(struct pt_tracer *m, int fd)
 int pt_tracer_new(uint64_t xcr0_mask, struct pt_tracer **out, const char **failed)
 {
 	struct pt_tracer *m = calloc(1, sizeof(*m));
-	sigset_t set;
+	sigset_t set, old;
 	int rc;
 
 	*out = m;
@@ -713,7 +713,8 @@ int pt_tracer_new(uint64_t xcr0_mask, struct pt_tracer **out, const char **faile
 	/* Blocked in all threads that come after: a signal that another thread discards would leave us asleep. */
 	sigemptyset(&set);
 	sigaddset(&set, SIGCHLD);
-	sigprocmask(SIG_BLOCK, &set, NULL);
+	pthread_sigmask(SIG_BLOCK, &set, &old);
+	m->unblock = !sigismember(&old, SIGCHLD);
 	*failed = "descriptors of the tracer";
 	m->epoll = epoll_create1(EPOLL_CLOEXEC);
 	m->bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -763,6 +764,13 @@ void pt_tracer_free(struct pt_tracer *m)
 	for (u32 i = 0; i < 4; i++)
 		if (fds[i] >= 0)
 			close(fds[i]);
+	if (m->unblock) {
+		sigset_t set;
+
+		sigemptyset(&set);
+		sigaddset(&set, SIGCHLD);
+		pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+	}
 	free(m);
 }
 

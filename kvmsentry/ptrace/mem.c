@@ -4,6 +4,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -25,7 +26,10 @@ int pt_memfd(void)
 
 int pt_map_ram(int memfd, void *at, uint64_t offset, uint64_t length)
 {
-	if (ftruncate(memfd, offset + length) < 0)
+	struct stat st;
+
+	/* Never shorter: copies of files' code lie above the RAM. */
+	if (fstat(memfd, &st) < 0 || (st.st_size < (off_t)(offset + length) && ftruncate(memfd, offset + length) < 0))
 		return -errno;
 	if (mmap(at, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, memfd, offset) == MAP_FAILED)
 		return -errno;

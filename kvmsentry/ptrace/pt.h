@@ -71,6 +71,7 @@ struct pt_ctx {
 struct pt_tracer {
 	int bell, signals, epoll, timer;
 	int have_pwait2;
+	int unblock;		/* SIGCHLD was not blocked before */
 	int ncpus;
 	u64 xcr0;
 	u32 xsave_size;		/* of the features in xcr0 */
