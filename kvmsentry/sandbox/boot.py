@@ -31,6 +31,7 @@ def main(spec: SandboxSpec, gofer_socket: socket.socket, control: socket.socket,
     """The Sentry from fork to end; returns the process's own exit status. Reports to the supervisor on `control`."""
     try:
         lockdown.leave_session()
+        log.mark("fork")
         if spec.log_fd >= 0:
             log.open_log(spec.log_fd)
         sandbox = Sandbox(spec, gofer_socket, control, network)
@@ -103,18 +104,25 @@ class Sandbox:
         self, spec: SandboxSpec, gofer_socket: socket.socket, control: socket.socket, network: Network
     ) -> None:
         from kvmsentry.gofer.client import Client
+        from kvmsentry.kernel import vdso
         from kvmsentry.kernel.kernel import Kernel
         from kvmsentry.mm.frames import FrameAllocator
         from kvmsentry.syscall import table
 
         self.spec, self.control, self.network = spec, control, network
         limit = memory_limit(spec)
+        log.mark("modules")
         self.platform, tables = make_platform(spec.platform)
+        log.mark("machine")
         self.frames = FrameAllocator(self.platform.memory, limit_pages=limit // PAGE)
         self.platform.mmu_factory = lambda: tables(self.platform, self.frames)
         self.kernel = Kernel(self.platform, self.frames, spec.hostname)
+        if self.platform.traits.get("tsc_is_hosts") and vdso.counter_is_steady():
+            image = self.platform.vdso_image()
+            self.kernel.vdso = vdso.Vdso(self.kernel, image, self.platform.ticks, self.platform.tsc_khz)
         table.load()
         preload()
+        log.mark("handlers")
         if spec.strace_fd >= 0:
             from kvmsentry.syscall.strace import Strace
 
@@ -140,6 +148,7 @@ class Sandbox:
         )
         root = Path(namespace.root, namespace.root.root)
         creds = Credentials(spec.uid, spec.gid, frozenset(spec.groups))
+        log.mark("mounts")
         lookup = Lookup(kernel, root, creds)
         profiler = Profiler() if os.environ.get("KVMSENTRY_PROFILE") else None
         cwd = lookup.directory(spec.cwd, spec.uid, spec.gid)
@@ -148,6 +157,7 @@ class Sandbox:
         hostfiles.write(kernel, root, spec, self.network)
         if not lockdown.enter(self.network):
             kernel.__dict__["inet_refused"] = True
+        log.mark("lockdown")
         try:
             fork.create_init(
                 kernel,
@@ -163,6 +173,7 @@ class Sandbox:
             )
         except Errno as error:
             raise cannot_run(spec.argv[0], error.errno) from None
+        log.mark("exec")
         self.platform.watch(self.control.fileno(), 1, self._on_control)
         signal.signal(signal.SIGUSR1, lambda *_: self.kernel.dump_to_stderr())
         try:
@@ -171,7 +182,9 @@ class Sandbox:
             gc.enable()
             return profiler.run(kernel) if profiler is not None else kernel.run()
         finally:
+            log.mark("run")
             log.log(f"counters: {self.platform.counters}")
+            log.log(f"times: {log.marks}")
             if self.terminal is not None:
                 self.terminal.close()  # what the screen has not taken yet
 

@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 
+from kvmsentry import log
 from kvmsentry.errors import HostError, UserError
 from kvmsentry.gofer import process as gofer_process
 from kvmsentry.sandbox import boot, supervisor
@@ -53,6 +54,7 @@ def choose_platform(name: str) -> str:
 
 def run(spec: SandboxSpec) -> int:
     """Run one sandbox to its end; returns the exit status for the shell (128 + n when a signal ended the command)."""
+    log.mark("imports")
     spec.platform = choose_platform(spec.platform)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -72,6 +74,7 @@ def _run(spec: SandboxSpec, network: Network) -> int:
         for number, volume in enumerate(spec.volumes)
     ]
     gofer = gofer_process.start(trees)
+    log.mark("gofer")
     sentry_pid = os.fork()
     if sentry_pid == 0:
         status = 70
