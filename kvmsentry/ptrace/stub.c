@@ -11,6 +11,7 @@
 
 #include <fcntl.h>
 #include <linux/audit.h>
+#include <linux/capability.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <sched.h>
@@ -108,6 +109,8 @@ static struct sock_filter rules[] = {
 static void __attribute__((noreturn, noinline)) born(struct birth *b)
 {
 	const long private = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
+	struct __user_cap_header_struct caps = { .version = _LINUX_CAPABILITY_VERSION_3 };
+	struct __user_cap_data_struct none[2] = { 0 };
 	int pid = sys(SYS_getpid, 0, 0, 0, 0, 0, 0), memfd, sock;
 	char go;
 
@@ -131,6 +134,8 @@ static void __attribute__((noreturn, noinline)) born(struct birth *b)
 	for (const char *from = pt_code_start; from < pt_code_end; from++)
 		((volatile char *)PT_STUB)[from - pt_code_start] = *from;
 	if (sys(SYS_mprotect, PT_STUB, 0x1000, PROT_READ | PROT_EXEC, 0, 0, 0))
+		goto failed;
+	if (sys(SYS_capset, (long)&caps, (long)none, 0, 0, 0, 0))
 		goto failed;
 	if (sys(SYS_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0))
 		goto failed;

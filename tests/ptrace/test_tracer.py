@@ -616,6 +616,7 @@ def test_a_stub_holds_nothing_of_ours(bench: Bench, tmp_path: Path) -> None:
     assert names <= {"/memfd:kvmsentry (deleted)", "[vsyscall]"}, names
     status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     assert status["NoNewPrivs"].strip() == "1" and status["Seccomp"].strip() == "2"
+    assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
     assert int(status["TracerPid"]) == os.getpid() and int(status["PPid"]) == os.getpid()
     ctx.release()
     os.close(fd)
