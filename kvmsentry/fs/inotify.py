@@ -18,6 +18,7 @@ from kvmsentry.fs.vfs import POLLIN, POLLRDNORM, WATCHES, File, Inode, Path
 from kvmsentry.kernel.traps import WaitQueue
 
 if TYPE_CHECKING:
+    from kvmsentry.fs.dnotify import Dnotify
     from kvmsentry.kernel.task import Task
 
 # uapi/linux/inotify.h
@@ -43,7 +44,7 @@ class Mark:
 
     __slots__ = ("owner", "wd", "inode", "mask")
 
-    def __init__(self, owner: InotifyFile, wd: int, inode: Inode, mask: int) -> None:
+    def __init__(self, owner: InotifyFile | Dnotify, wd: int, inode: Inode, mask: int) -> None:
         self.owner, self.wd, self.inode, self.mask = owner, wd, inode, mask
 
 
@@ -84,7 +85,7 @@ class InotifyFile(AnonFile):
         mark = self.marks.get(wd)
         if mark is None:
             raise Errno(errno.EINVAL)
-        _drop(mark)
+        drop(mark)
         self.post(wd, IN_IGNORED, 0, b"")
 
     def post(self, wd: int, mask: int, cookie: int, name: bytes) -> None:
@@ -138,7 +139,7 @@ class InotifyFile(AnonFile):
     def release(self) -> None:
         """All marks go."""
         for mark in list(self.marks.values()):
-            _drop(mark)
+            drop(mark)
 
     def label(self) -> bytes:
         """Without brackets, as Linux names it."""
@@ -153,7 +154,8 @@ class InotifyFile(AnonFile):
         )
 
 
-def _drop(mark: Mark) -> None:
+def drop(mark: Mark) -> None:
+    """Take `mark` off its inode; no error when it is gone."""
     mark.owner.marks.pop(mark.wd, None)
     WATCHES.pop(mark, None)
     watches = mark.inode.watches
@@ -181,11 +183,11 @@ def notify(inode: Inode, mask: int, name: bytes = b"", cookie: int = 0) -> None:
             continue
         mark.owner.post(mark.wd, (wanted | (events & ALWAYS)) | (mask & IN_ISDIR), cookie, name)
         if mark.mask & IN_ONESHOT:
-            _drop(mark)
+            drop(mark)
             mark.owner.post(mark.wd, IN_IGNORED, 0, b"")
     if events & (IN_DELETE_SELF | IN_UNMOUNT):
         for mark in list(inode.watches or ()):
-            _drop(mark)
+            drop(mark)
             mark.owner.post(mark.wd, IN_IGNORED, 0, b"")
 
 

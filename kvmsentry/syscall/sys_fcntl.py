@@ -8,7 +8,7 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs import locks
+from kvmsentry.fs import dnotify, locks
 from kvmsentry.fs.inotify import modified
 from kvmsentry.fs.memfd import F_SEAL_EXEC, is_memfd, mapped_writable
 from kvmsentry.fs.pipe import PipeFile
@@ -39,6 +39,7 @@ FICLONE, FICLONERANGE = 0x40049409, 0x4020940D
 
 SIGIO = 29
 POLL_IN, POLL_OUT, POLL_MSG, POLL_ERR, POLL_PRI, POLL_HUP = 1, 2, 3, 4, 5, 6  # si_code of SIGIO, siginfo.h
+POLL_MSG_BAND = 0x441  # band_table in fs/fcntl.c: POLLIN | POLLRDNORM | POLLMSG
 
 CAP_FOWNER, CAP_LEASE = 3, 28
 
@@ -68,12 +69,17 @@ class AsyncNotice:
 
     def notify(self, mask: int) -> bool:
         """Something happened to the file; never takes the event from others."""
+        code, band = next(((c, m) for m, c in _BANDS if mask & m), (POLL_IN, 1))
+        self.send(code, band)
+        return False
+
+    def send(self, code: int, band: int) -> None:
+        """The signal to the file's owner (send_sigio)."""
         from kvmsentry.kernel import signals
 
         owner = self.file.owner
         if owner is None or not owner.id:
-            return False
-        code, band = next(((c, m) for m, c in _BANDS if mask & m), (POLL_IN, 1))
+            return
         info = SigInfo(owner.signo or SIGIO, code if owner.signo else 0x80, band=band, fd=owner.fd)
         kernel = self.kernel
         if owner.kind == F_OWNER_PGRP:
@@ -89,7 +95,6 @@ class AsyncNotice:
             process = kernel.processes.get(owner.id)
             if process is not None and not process.zombie:
                 signals.send_process(process, info)
-        return False
 
 
 _BANDS = ((16, POLL_HUP), (8, POLL_ERR), (2, POLL_PRI), (1, POLL_IN), (4, POLL_OUT))
@@ -120,7 +125,7 @@ def _end_async(file: File) -> None:
 
 
 # -- fcntl -----------------------------------------------------------------------------------------------------
-@syscall(72, partial="no leases, no F_NOTIFY, write hints are forgotten")
+@syscall(72, partial="no leases, write hints are forgotten")
 def fcntl(task: Task, fd: Fd, command: UInt, arg: ULong) -> Any:
     """fcntl(2)."""
     table = task.files
@@ -153,6 +158,11 @@ def fcntl(task: Task, fd: Fd, command: UInt, arg: ULong) -> Any:
         return ownership(task, file, fd, command, arg)
     if command == F_DUPFD_QUERY:
         return int(table.files.get(arg & 0xFFFFFFFF) is file)
+    if command == F_NOTIFY:
+        dnotify.notify(file, arg & 0xFFFFFFFF, lambda: AsyncNotice(file, task.kernel).send(POLL_MSG, POLL_MSG_BAND))
+        if file.owner is None or not file.owner.id:
+            ownership(task, file, fd, F_SETOWN, task.process.pid)
+        return 0
     if command == F_GETLEASE:
         return locks.F_UNLCK
     if command == F_SETLEASE:  # as on a file system that has none; unlocking what isn't there is EAGAIN

@@ -5,6 +5,7 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
+#include <sys/stat.h>
 
 static void scheduling(void)
 {
@@ -106,8 +107,61 @@ static void own_system_call(void)
 	CHECK(strncmp(buffer, expected, strlen(expected)) == 0);
 }
 
+static volatile int told, told_fd, told_code;
+
+static void on_event(int signo, siginfo_t *info, void *context)
+{
+	told++;
+	told_fd = info->si_fd;
+	told_code = info->si_code;
+}
+
+static void touch(const char *path)
+{
+	int fd = open(path, O_CREAT | O_WRONLY, 0600);
+
+	CHECK(fd >= 0);
+	close(fd);
+}
+
+/* F_NOTIFY: once, or until the directory is closed. */
+static void directory_signals(void)
+{
+	struct sigaction action = { .sa_sigaction = on_event, .sa_flags = SA_SIGINFO };
+	char name[] = "/tmp/edgesXXXXXX";
+	int fd, file;
+
+	CHECK(mkdtemp(name) && chdir(name) == 0);
+	CHECK(sigaction(SIGRTMIN, &action, NULL) == 0);
+	fd = open(".", O_RDONLY);
+	file = open("f", O_CREAT | O_RDWR, 0600);
+	CHECK(fd >= 0 && file >= 0);
+	FAILS(fcntl(file, F_NOTIFY, DN_CREATE), ENOTDIR);
+	CHECK(fcntl(file, F_NOTIFY, 0) == 0);
+	CHECK(fcntl(fd, F_SETSIG, SIGRTMIN) == 0);
+	CHECK(fcntl(fd, F_NOTIFY, DN_CREATE) == 0);
+	CHECK(fcntl(fd, F_GETOWN) == getpid());
+	CHECK(write(file, "x", 1) == 1 && told == 0);
+	touch("a");
+	CHECK(told == 1 && told_fd == fd && told_code == 3); /* POLL_MSG */
+	touch("b");
+	CHECK(told == 1);
+	CHECK(fcntl(fd, F_NOTIFY, DN_MODIFY | DN_DELETE | DN_ATTRIB | DN_MULTISHOT) == 0);
+	CHECK(write(file, "x", 1) == 1 && told == 2);
+	CHECK(unlink("a") == 0 && told == 3);
+	CHECK(chmod("b", 0644) == 0 && told == 4);
+	CHECK(rename("b", "c") == 0 && told == 5);
+	CHECK(fcntl(fd, F_NOTIFY, 0) == 0);
+	CHECK(unlink("c") == 0 && told == 5);
+	CHECK(fcntl(fd, F_NOTIFY, DN_DELETE | DN_MULTISHOT) == 0);
+	close(fd);
+	CHECK(unlink("f") == 0 && told == 5);
+	CHECK(chdir("/") == 0 && rmdir(name) == 0);
+}
+
 int main(void)
 {
+	directory_signals();
 	own_system_call();
 	scheduling();
 	signals_through_proc();
