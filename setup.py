@@ -67,11 +67,30 @@ def build_stub() -> None:
     write_if_changed(path("stub_blob.h"), "\n".join(lines) + "\n")
 
 
+def build_vdso() -> None:
+    """Links guest_stub/vdso.c to the shared object that applications get mapped; guest_stub/out/vdso_blob.h."""
+    image = os.path.join(OUT, "vdso.so")
+    compiler = os.environ.get("CC", "gcc").split()
+    flags = "-O2 -std=gnu11 -fPIC -shared -nostdlib -ffreestanding -fno-builtin -fno-stack-protector -mno-avx".split()
+    flags += ["-fcf-protection=none", "-fasynchronous-unwind-tables", "-s"]
+    linker = ["-soname=linux-vdso.so.1", "--hash-style=both", "--build-id=none", "-z,max-page-size=4096"]
+    linker += ["--eh-frame-hdr", "-T," + os.path.join(STUB, "vdso.ld")]
+    subprocess.run(
+        [*compiler, *flags, *[f"-Wl,{word}" for word in linker], "-o", image, os.path.join(STUB, "vdso.c")], check=True
+    )
+    with open(image, "rb") as file:
+        blob = file.read()
+    rows = [",".join(str(byte) for byte in blob[i : i + 32]) for i in range(0, len(blob), 32)]
+    text = "/* Made from guest_stub/vdso.c by setup.py. */\nstatic const unsigned char ks_vdso_blob[] = {\n"
+    write_if_changed(os.path.join(OUT, "vdso_blob.h"), text + ",\n".join(rows) + "\n};\n")
+
+
 class BuildExt(build_ext):
     """The stub first: the extension embeds it."""
 
     def run(self) -> None:
         build_stub()
+        build_vdso()
         super().run()
 
 

@@ -301,9 +301,8 @@ def _load(task: Task, opened: Opened, execfn: bytes, argv: Sequence[bytes], envp
             uid=creds.uid, euid=creds.euid, gid=creds.gid, egid=creds.egid, secure=secure,
             minsigstksz=(FRAME_SIZE + kernel.platform.xsave_size + 4 + 64 + 15) & ~15,
         )  # fmt: skip
-        vdso = getattr(kernel, "vdso", None)
-        if vdso is not None:
-            aux.sysinfo_ehdr = vdso.map(mm)
+        if kernel.vdso is not None:
+            aux.sysinfo_ehdr = kernel.vdso.map(mm)
         backing = opened.file.backing()
         loading = True
         image = elf.load(mm, opened.reader, backing, argv, envp, execfn, open_interpreter, aux, program=program)

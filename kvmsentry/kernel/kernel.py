@@ -51,6 +51,7 @@ class Kernel:
         self.init: Process | None = None
         self.exit_status: int | None = None  # wait status of init once it is gone
         self.all_cpus = frozenset(range(len(os.sched_getaffinity(0))))
+        self.vdso: Any = None  # kernel/vdso.py, where the platform's counter allows it
         self.strace: Any = None  # a kvmsentry.syscall.strace.Strace while calls are traced
         self.max_tasks = PID_MAX - 1
         self.task_events = 0  # how many events were handled

@@ -41,10 +41,13 @@ SIGEVENT = struct.Struct("<qiii")  # sigev_value, sigev_signo, sigev_notify, sig
 
 def read_clock(task: Task, clock: int) -> int:
     """Now on `clock`, in ns; EINVAL for clocks that are not (clock_gettime(2))."""
-    if clock in REALTIME:
-        return host_time.time_ns()
-    if clock in MONOTONIC:
-        return task.kernel.now()
+    if clock in REALTIME or clock in MONOTONIC:
+        kernel = task.kernel
+        vdso = kernel.vdso
+        if vdso is not None and vdso.stale():
+            now: int = vdso.update()
+            return now if clock in MONOTONIC else now + kernel.monotonic_to_real()
+        return kernel.now() if clock in MONOTONIC else host_time.time_ns()
     if clock == CLOCK_THREAD_CPUTIME_ID:
         return cputime.of_task(task)
     if clock == CLOCK_PROCESS_CPUTIME_ID:

@@ -21,6 +21,7 @@ struct ks_traits {
 	int max_vcpus;
 	int immediate_exit;
 	int phys_bits;
+	int tsc_is_hosts;	/* RDTSC in ring 3 reads the host's counter, once KVM's offset was set to 0 */
 	uint64_t xcr0;
 	uint64_t tsc_khz;
 	uint64_t ring0_ns100;	/* ns for 100 instructions in ring 0 */
@@ -40,6 +41,10 @@ uint64_t ks_counter(struct ks_machine *m, int which);
 uint64_t ks_vcpu_counter(struct ks_vcpu *v, int which);
 int ks_touch(struct ks_machine *m, uint64_t cr3, uint64_t *tables, int n);
 int ks_flush_tlbs(struct ks_machine *m);
+
+/* The vDSO's image. */
+const void *ks_vdso(uint64_t *length);
+uint64_t ks_host_ticks(void);
 
 uint32_t ks_id(struct ks_vcpu *v);
 /* Processor time of the vCPU's thread, ns; 0 when the host does not tell. */

@@ -28,6 +28,7 @@ ffibuilder.set_source(
         os.path.join(HERE, "api.h"),
         "guest_stub/layout.h",
         "guest_stub/out/stub_blob.h",
+        "guest_stub/out/vdso_blob.h",
         "guest_stub/out/constants.h",
     ],
     include_dirs=[HERE, "guest_stub", os.path.join("guest_stub", "out")],

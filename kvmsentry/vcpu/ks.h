@@ -132,6 +132,7 @@ static inline void ks_pause(void) { __builtin_ia32_pause(); }
 /* One read of a word that the application may be writing. */
 #define KS_READ(x) (*(volatile __typeof__(x) *)&(x))
 
+void ks_tsc_as_host(int vcpu);
 long ks_futex_wait(_Atomic u32 *word, u32 value);
 void ks_futex_wake(_Atomic u32 *word);
 void ks_ring(struct ks_machine *m);

@@ -356,6 +356,16 @@ class Machine:
         if rc < 0:
             raise HostError("invalidation by the service vCPU", -rc)
 
+    def vdso_image(self) -> bytes:
+        """The vDSO, an ELF image to be mapped behind its page of parameters (guest_stub/vdso.c)."""
+        length = ffi.new("uint64_t *")
+        return bytes(ffi.buffer(lib.ks_vdso(length), length[0]))
+
+    def ticks(self) -> int:
+        """The host's time-stamp counter: the guest's too where traits["tsc_is_hosts"]."""
+        count: int = lib.ks_host_ticks()
+        return count
+
     def memory_barrier(self) -> None:
         """Every guest thread passes a full memory barrier before this returns (membarrier(2) for the runner threads)."""
         rc = lib.ks_memory_barrier()

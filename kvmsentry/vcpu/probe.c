@@ -24,7 +24,7 @@ enum {
 enum { P_DONE = 0x21, P_RING0 = 0x10, P_TRAP = 0x31 };
 
 __asm__(".section .rodata\n"
-	".globl ksp_k, ksp_k_end, ksp_syscall, ksp_trap, ksp_spin, ksp_cr3, ksp_u, ksp_u_end, ksp_u_syscall, ksp_u_store, ksp_u_bases\n"
+	".globl ksp_k, ksp_k_end, ksp_syscall, ksp_trap, ksp_spin, ksp_cr3, ksp_u, ksp_u_end, ksp_u_syscall, ksp_u_store, ksp_u_bases, ksp_u_tsc\n"
 	"ksp_k:\n"
 	"ksp_syscall: out %al,$0x10; 1: jmp 1b\n"
 	"ksp_trap:    out %al,$0x31; 1: jmp 1b\n"
@@ -35,9 +35,10 @@ __asm__(".section .rodata\n"
 	"ksp_u_syscall: syscall; ud2\n"
 	"ksp_u_store:   mov %rbx,0xc000; ud2\n"
 	"ksp_u_bases:   rdgsbase %rcx; wrfsbase %rcx; mov $7,%ebx; ud2\n"
+	"ksp_u_tsc:     rdtsc; shl $32,%rdx; lea (%rax,%rdx),%rbx; ud2\n"
 	"ksp_u_end:\n.previous\n");
 extern char ksp_k[], ksp_k_end[], ksp_syscall[], ksp_trap[], ksp_spin[], ksp_cr3[], ksp_u[], ksp_u_end[], ksp_u_syscall[],
-	ksp_u_store[], ksp_u_bases[];
+	ksp_u_store[], ksp_u_bases[], ksp_u_tsc[];
 #define K(label) (KCODE + ((label) - ksp_k))
 #define U(label) (UCODE + ((label) - ksp_u))
 
@@ -220,6 +221,13 @@ static int measure(struct probe *p, int kvm)
 	if (ioctl(p->vcpu, KVM_GET_REGS, &r) < 0)
 		return refused(p, "KVM_GET_REGS");
 	t->fsgsbase = r.rbx == 7;
+	ks_tsc_as_host(p->vcpu);
+	took = ks_ticks();
+	if (run_at(p, 3, U(ksp_u_tsc), 0) < 0)
+		return -1;
+	if (ioctl(p->vcpu, KVM_GET_REGS, &r) < 0)
+		return refused(p, "KVM_GET_REGS");
+	t->tsc_is_hosts = r.rbx >= took && r.rbx <= ks_ticks();
 	t->sees_outside_writes = outside_writes(p);
 	if (t->sees_outside_writes < 0)
 		return -1;

@@ -15,6 +15,7 @@
 
 #include "api.h"
 #include "stub_blob.h"
+#include "vdso_blob.h"
 
 enum { MSR_STAR = 0xc0000081, MSR_LSTAR, MSR_CSTAR, MSR_SFMASK, MSR_KERNEL_GS_BASE = 0xc0000102 };
 enum { PTE_P = 1, PTE_W = 2, PTE_U = 4, PTE_A = 0x20, PTE_D = 0x40, PTE_PS = 0x80 };
@@ -183,6 +184,7 @@ static int make_vcpu(struct ks_machine *m, struct ks_vcpu **out, const char **fa
 		return check(-1, "KVM_CREATE_VCPU", failed);
 	}
 	m->vcpus[m->nvcpus++] = v;
+	ks_tsc_as_host(v->fd);
 	v->run = mmap(NULL, m->run_size, PROT_READ | PROT_WRITE, MAP_SHARED, v->fd, 0);
 	if (v->run == MAP_FAILED) {
 		v->run = NULL;
@@ -421,6 +423,26 @@ uint64_t ks_vcpu_counter(struct ks_vcpu *v, int which)
 
 	return c[which];
 }
+
+/*
+ * KVM starts a guest's time-stamp counter at 0 by an offset; without one all vCPUs read the same, the host's. Hosts that
+ * don't know the attribute (before Linux 5.16, or without an offset at all) refuse; the probe tells what RDTSC reads then.
+ */
+void ks_tsc_as_host(int vcpu)
+{
+	u64 zero = 0;
+	struct kvm_device_attr offset = { .group = KVM_VCPU_TSC_CTRL, .attr = KVM_VCPU_TSC_OFFSET, .addr = (u64)&zero };
+
+	ioctl(vcpu, KVM_SET_DEVICE_ATTR, &offset);
+}
+
+const void *ks_vdso(uint64_t *length)
+{
+	*length = sizeof(ks_vdso_blob);
+	return ks_vdso_blob;
+}
+
+uint64_t ks_host_ticks(void) { return ks_ticks(); }
 
 uint32_t ks_id(struct ks_vcpu *v) { return v->id; }
 

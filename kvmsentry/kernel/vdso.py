@@ -1,0 +1,112 @@
+"""The vDSO: an image mapped into every process that reads the clocks from the time-stamp counter, and the page of parameters
+before it which this module keeps true (guest_stub/vdso.c has the layout and the arithmetic).
+
+    ns(t) = base + (t - tsc) * multiplier >> 32,    believed while t - tsc <= valid
+
+There is no timer: who asks after `valid` has passed comes here by the system call, and finds new parameters the next time. The
+first ones hold for 10 ms, because the multiplier comes from the counter's nominal rate; each later one from the rate seen since
+the last, which is the steadier the longer that was. Time never goes back: where the old line has run ahead of the host's clock, the
+new one begins where the old one ended and is a little flatter.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from typing import Any
+
+from kvmsentry.mm.shared import SharedMemory
+
+PAGE = 4096
+MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 2, 0x10, 0x20
+VVAR = struct.Struct("<QQQQQ")  # struct vvar from `tsc` on
+SEQUENCE = struct.Struct("<II")
+VALID_FIRST, VALID_MOST = 10_000_000, 1_000_000_000  # ns
+GROWTH = 8  # how much longer each set of parameters is believed than the last
+STEEPEST = 1 << 22  # a slope may be off the rate seen by a 1,000th (of 2**32), to meet the clock again
+
+
+class Vdso:
+    """One a sandbox; `ticks` reads the counter that the guest's RDTSC reads."""
+
+    def __init__(self, kernel: Any, image: bytes, ticks: Any, khz: int) -> None:
+        self.kernel, self.ticks = kernel, ticks
+        self.size = (len(image) + PAGE - 1) & -PAGE
+        self.vvar = SharedMemory(kernel.frames, PAGE, b"[vvar]")
+        self.image = SharedMemory(kernel.frames, self.size, b"[vdso]")
+        view = kernel.memory.view
+        for memory in (self.vvar, self.image):
+            memory.hold()  # ours, for good
+        at = 0
+        for gpa, length in self.image.map_pages(0, self.size, False):
+            part = image[at : at + length]
+            view[gpa : gpa + len(part)] = part
+            at += length
+        gpa = self.vvar.map_pages(0, PAGE, True)[0][0]
+        self.page = view[gpa : gpa + PAGE]
+        self.sequence = 0
+        self.multiplier = (1_000_000 << 32) // khz
+        self.slope = self.multiplier
+        self.valid_ns = VALID_FIRST
+        self.tsc, self.base = self._sample()
+        self.seen = self.tsc, self.base  # the last true pair
+        self._publish()
+
+    def map(self, mm: Any) -> int:
+        """Map parameters and image into an address space; returns AT_SYSINFO_EHDR. Errno(ENOMEM)."""
+        address: int = mm.mmap(0, PAGE + self.size, 0, MAP_PRIVATE | MAP_ANONYMOUS)
+        mm.mmap(address, PAGE, 1, MAP_PRIVATE | MAP_FIXED, self.vvar, 0, max_prot=1)
+        mm.mmap(address + PAGE, self.size, 5, MAP_PRIVATE | MAP_FIXED, self.image, 0)
+        return address + PAGE
+
+    def stale(self) -> bool:
+        """Do applications come by the system call because the parameters are too old?"""
+        return bool((self.ticks() - self.tsc) * self.slope >> 32 > self.valid_ns)
+
+    def update(self) -> int:
+        """New parameters; returns now, in ns of kernel.now(), not before anything that the old ones have said."""
+        tsc, now = self._sample()
+        elapsed = tsc - self.seen[0]
+        if elapsed > 0 and now > self.seen[1]:
+            self.multiplier = ((now - self.seen[1]) << 32) // elapsed
+        said = self.base + ((tsc - self.tsc) * self.slope >> 32)
+        self.seen = tsc, now
+        self.valid_ns = min(max(self.valid_ns * GROWTH, VALID_FIRST), VALID_MOST)
+        ahead = max(said - now, 0)
+        horizon = (self.valid_ns << 32) // self.multiplier
+        self.slope = max(self.multiplier - (ahead << 32) // horizon, self.multiplier - STEEPEST)
+        self.tsc, self.base = tsc, max(said, now)
+        self._publish()
+        return self.base
+
+    def _sample(self) -> tuple[int, int]:
+        """(counter, kernel.now()) of one moment: the tightest of a few readings."""
+        ticks, now = self.ticks, self.kernel.now
+        best = 1 << 62
+        found = 0, 0
+        for _ in range(5):
+            before = ticks()
+            ns = now()
+            after = ticks()
+            if after - before < best:
+                best = after - before
+                found = (before + after) // 2, ns
+        return found
+
+    def _publish(self) -> None:
+        """Stores are seen in order on x86: odd, the parameters, even."""
+        wall = self.base + time.time_ns() - self.kernel.now()
+        valid = (self.valid_ns << 32) // self.slope
+        SEQUENCE.pack_into(self.page, 0, self.sequence + 1 & 0xFFFFFFFF, 1)
+        VVAR.pack_into(self.page, 8, self.tsc, valid, self.slope, self.base, wall)
+        self.sequence = self.sequence + 2 & 0xFFFFFFFF
+        SEQUENCE.pack_into(self.page, 0, self.sequence, 1)
+
+
+def counter_is_steady() -> bool:
+    """Does the host itself keep time by the counter? Else its rate may change, and the vDSO must not be used."""
+    try:
+        with open("/sys/devices/system/clocksource/clocksource0/current_clocksource", encoding="ascii") as file:
+            return file.read().strip() in ("tsc", "kvm-clock", "hyperv_clocksource_tsc_page")
+    except OSError:
+        return False
