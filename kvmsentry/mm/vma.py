@@ -175,7 +175,8 @@ class VmaTree:
 
     def range(self, start: int, end: int) -> list[Vma]:
         """Every VMA that has a part in [start, end)."""
-        return self.vmas[self.first(start) : bisect_left(self.starts, end)]
+        # An empty range within a VMA would find that VMA, and cutting out nothing of it leaves a VMA without pages.
+        return self.vmas[self.first(start) : bisect_left(self.starts, end)] if start < end else []
 
     def covered(self, start: int, end: int) -> bool:
         """Whether every page of [start, end) is in a VMA."""

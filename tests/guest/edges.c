@@ -5,6 +5,7 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 
 static void scheduling(void)
@@ -159,8 +160,23 @@ static void directory_signals(void)
 	CHECK(chdir("/") == 0 && rmdir(name) == 0);
 }
 
+/* A length of 0 in the middle of a mapping is nothing to do. */
+static void no_memory(void)
+{
+	char *at = mmap(NULL, 3 * 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+
+	CHECK(at != MAP_FAILED);
+	CHECK(mlock(at + 4096, 0) == 0 && munlock(at + 4096, 0) == 0 && mprotect(at + 4096, 0, PROT_READ) == 0);
+	CHECK(madvise(at + 4096, 0, MADV_DONTFORK) == 0 && msync(at + 4096, 0, MS_SYNC) == 0);
+	CHECK(mlock(at + 4096, 4096) == 0);
+	CHECK(mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0) != MAP_FAILED);
+	memset(at, 1, 3 * 4096);
+	CHECK(munmap(at, 3 * 4096) == 0);
+}
+
 int main(void)
 {
+	no_memory();
 	directory_signals();
 	own_system_call();
 	scheduling();

@@ -118,6 +118,20 @@ def test_limits(space: AddressSpace) -> None:
     assert space.locked_pages == 0 and len(space.tree) == 1
 
 
+def test_nothing_in_the_middle_of_a_mapping(space: AddressSpace) -> None:
+    """Calls with a length of 0 inside a mapping change nothing, and leave no mapping without pages behind."""
+    at = space.mmap(0, 3 * PAGE, RW, SHARED)
+    before = shape(space)
+    space.mlock(at + PAGE, 0)
+    space.munlock(at + PAGE, 0)
+    space.mprotect(at + PAGE, 0, 1)
+    space.madvise(at + PAGE, 0, abi.MADV_DONTFORK)
+    space.msync(at + PAGE, 0, abi.MS_SYNC)
+    assert space.mincore(at + PAGE, 0) == b"" and shape(space) == before
+    space.mlock(at + PAGE, PAGE)
+    assert space.locked_pages == 1
+
+
 def test_a_backing_that_refuses_leaves_nothing(world: World, space: AddressSpace) -> None:
     file = FakeFile(world.memory, b"x")
 
