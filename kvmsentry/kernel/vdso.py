@@ -1,12 +1,12 @@
-"""The vDSO: an image mapped into every process that reads the clocks from the time-stamp counter, and the page of parameters
-before it which this module keeps true (guest_stub/vdso.c has the layout and the arithmetic).
+"""The vDSO: an image mapped into every process that reads the clocks from the time-stamp counter, and the page of
+parameters before it which this module keeps true (guest_stub/vdso.c has the layout and the arithmetic).
 
     ns(t) = base + (t - tsc) * multiplier >> 32,    believed while t - tsc <= valid
 
-There is no timer: who asks after `valid` has passed comes here by the system call, and finds new parameters the next time. The
-first ones hold for 10 ms, because the multiplier comes from the counter's nominal rate; each later one from the rate seen since
-the last, which is the steadier the longer that was. Time never goes back: where the old line has run ahead of the host's clock, the
-new one begins where the old one ended and is a little flatter.
+There is no timer: who asks after `valid` has passed comes here by the system call, and finds new parameters the next
+time. The first ones hold for 10 ms, because the multiplier comes from the counter's nominal rate; each later one from
+the rate seen since the last, which is the steadier the longer that was. Time never goes back: where the old line has
+run ahead of the host's clock, the new one begins where the old one ended and is a little flatter.
 """
 
 from __future__ import annotations

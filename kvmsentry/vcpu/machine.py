@@ -367,7 +367,8 @@ class Machine:
         return count
 
     def memory_barrier(self) -> None:
-        """Every guest thread passes a full memory barrier before this returns (membarrier(2) for the runner threads)."""
+        """Every guest thread passes a full memory barrier before this returns (membarrier(2) for the runner
+        threads)."""
         rc = lib.ks_memory_barrier()
         if rc < 0:
             raise HostError("membarrier", -rc)
