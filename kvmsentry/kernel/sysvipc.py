@@ -236,6 +236,12 @@ def namespace(task: Task) -> IpcNamespace:
     return found
 
 
+def has_undo(process: Process) -> bool:
+    """Whether `process` has used SEM_UNDO."""
+    ipc: IpcNamespace | None = getattr(process.kernel, "ipc", None)
+    return ipc is not None and any(process in semaphores.undo for semaphores in ipc.semaphores.objects.values())
+
+
 def end_process(process: Process) -> None:
     """SEM_UNDO: called when the last thread of `process` is gone."""
     ipc: IpcNamespace | None = getattr(process.kernel, "ipc", None)

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs.vfs import PATH_MAX
-from kvmsentry.kernel import cap, cputime, exec, exit, fork
+from kvmsentry.kernel import cap, cputime, exec, exit, fork, sysvipc
 from kvmsentry.kernel.exit import (
     P_ALL,
     P_PGID,
@@ -386,8 +386,10 @@ def kcmp(task: Task, pid1: Pid, pid2: Pid, kind: Int, index1: ULong, index2: ULo
         pair = first.fs, second.fs
     elif kind == KCMP_SIGHAND:
         pair = first.sighand, second.sighand
-    elif kind in (KCMP_IO, KCMP_SYSVSEM):
-        pair = first.process, second.process
+    elif kind == KCMP_SYSVSEM:  # who has nothing to undo has no list, and that is the same
+        pair = tuple(t.process if sysvipc.has_undo(t.process) else None for t in (first, second))  # type: ignore[assignment]
+    elif kind == KCMP_IO:  # as on disks that keep nothing by process
+        pair = None, None
     else:
         return -errno.EINVAL
     if pair[0] is pair[1]:

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <linux/futex.h>
+#include <linux/kcmp.h>
 #include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
@@ -174,8 +175,24 @@ static void no_memory(void)
 	CHECK(munmap(at, 3 * 4096) == 0);
 }
 
+static void compared(void)
+{
+	pid_t pid = fork();
+
+	if (pid == 0) {
+		pause();
+		_exit(0);
+	}
+	CHECK(syscall(SYS_kcmp, getpid(), pid, KCMP_SYSVSEM, 0, 0) == 0);
+	CHECK(syscall(SYS_kcmp, getpid(), pid, KCMP_VM, 0, 0) > 0);
+	CHECK(syscall(SYS_kcmp, getpid(), pid, KCMP_FILE, 0, 0) == 0);
+	kill(pid, SIGKILL);
+	CHECK(status_of(pid) == SIGKILL);
+}
+
 int main(void)
 {
+	compared();
 	no_memory();
 	directory_signals();
 	own_system_call();
