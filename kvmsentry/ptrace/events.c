@@ -303,8 +303,12 @@ static int look_at_host(struct pt_tracer *m, int64_t ns)
 
 	if (ns == 0)
 		m->polled = pt_now();
-	if (n < 0)
-		return errno == EINTR ? 0 : -1 - errno;
+	if (n < 0) {
+		if (errno != EINTR)
+			return -1 - errno;
+		m->woken = 1;	/* Python has a handler to run */
+		return 0;
+	}
 	m->nhost = 0;
 	for (int i = 0; i < n; i++) {
 		if (events[i].data.fd == m->signals) {

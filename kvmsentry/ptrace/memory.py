@@ -109,6 +109,8 @@ class GuestMemory(vcpu_memory.GuestMemory):
         status = os.fstat(window.fd)
         version = (status.st_mtime_ns, status.st_size)
         if version != window.version:
+            if window.copied:
+                lib.pt_give_back(self.memfd, window.gpa, window.end - window.gpa)
             window.copied.clear()
             window.version = version
         if any(low <= gpa and end <= high for low, high in window.copied):

@@ -39,13 +39,14 @@ MEND_PTRACE = (
 class Stub:
     """A stub process: pid, its threads (cdata), those that belong to no context."""
 
-    __slots__ = ("free", "pid", "threads", "used")
+    __slots__ = ("broken", "free", "pid", "threads", "used")
 
     def __init__(self, thread: Any) -> None:
         self.pid: int = lib.pt_tid(thread)
         self.threads = [thread]
         self.free = [thread]
         self.used = False  # something was mapped in it
+        self.broken = False  # the host killed a thread of it, and with that all
 
 
 class Context:
@@ -227,6 +228,8 @@ class Tracer:
 
     def _enter(self, ctx: Context, mmu: Any) -> None:
         stub = mmu.stub or self._adopt(mmu)
+        if stub.broken:
+            raise Errno(errno.EAGAIN)
         if stub.free:
             thread = stub.free.pop()
         else:
@@ -248,8 +251,7 @@ class Tracer:
         lib.pt_detach(self._m, ctx._c)
         if thread != ffi.NULL and mmu.stub is not None:
             if lib.pt_dead(thread):
-                mmu.stub.threads.remove(thread)
-                lib.pt_forsake(thread)
+                mmu.stub.broken = True
             else:
                 mmu.stub.free.append(thread)
 
@@ -267,7 +269,7 @@ class Tracer:
             if thread != ffi.NULL:
                 stub.free.append(thread)
         mmu.contexts.clear()
-        alive = not any(lib.pt_dead(thread) for thread in stub.threads)
+        alive = not stub.broken and not any(lib.pt_dead(thread) for thread in stub.threads)
         if alive and len(self._pool) < POOL and len(stub.threads) <= POOL_THREADS:
             self._pool.append(stub)
             return
@@ -326,7 +328,10 @@ class Tracer:
             rc = self._execute(thread, [SYS_MUNMAP, 0, self.user_top, 0, 0, 0, 0], [])
             if rc < 0:
                 return rc
-        ops, lent = mmu.operations(everything)
+        try:
+            ops, lent = mmu.operations(everything)
+        except OSError as error:  # a file whose code cannot be read
+            return -(error.errno or errno.EIO)
         stub.used = True
         rc = self._execute(thread, ops, lent) if ops else 0
         if rc == -errno.ENOMEM:

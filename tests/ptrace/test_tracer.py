@@ -15,7 +15,7 @@ import pytest
 from kvmsentry.ptrace._ptrace import ffi
 from ptrace_bench import CODE, DATA, EXEC, READ, STACK, WRITE, Bench
 
-from kvmsentry.errors import HostError
+from kvmsentry.errors import Errno, HostError
 from kvmsentry.ptrace.tracer import Tracer, lib
 from kvmsentry.vcpu import layout
 from kvmsentry.vcpu.layout import (
@@ -393,6 +393,14 @@ def test_a_stub_killed_by_the_host_is_a_host_error(bench: Bench) -> None:
     os.kill(mmu.stub.pid, signal.SIGKILL)  # while it is stopped: the answer finds nobody
     ctx.reply(0)
     assert bench.wait() is ctx and (ctx.event, ctx.error_code) == (EV_HOST_ERROR, errno.ESRCH)
+    with pytest.raises(Errno):
+        bench.tracer.new_context(mmu)
+    ctx.release()
+    mmu.destroy()
+    mmu, _ = bench.space()
+    ctx = bench.context("p_loop", mmu, rbx=1)  # not with what is left of the dead one
+    ctx.reload()
+    assert bench.wait() is ctx and ctx.nr == 39
     ctx.release()
 
 
