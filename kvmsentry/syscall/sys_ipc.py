@@ -12,10 +12,13 @@ from kvmsentry.kernel.sysvipc import (
     IPC_NOWAIT,
     MSGMAX,
     MSGMNB,
+    MSGMNI,
     SEMMSL,
     SEMOPM,
     SEMVMX,
+    SHMMNI,
     IpcObject,
+    IpcTable,
     Message,
     MessageQueue,
     Segment,
@@ -35,6 +38,11 @@ MSQID_DS = struct.Struct("<48sqqqQQQii16x")
 SEMID_DS = struct.Struct("<48sqQqQQ16x")
 SHMID_DS = struct.Struct("<48sQqqqiiQ16x")
 SEMBUF = struct.Struct("<Hhh")
+MSGINFO = struct.Struct("<7iHxx")  # struct msginfo: pool map max mnb mni ssz tql seg
+SEMINFO = struct.Struct("<10i")  # struct seminfo: map mni mns mnu msl opm ume usz vmx aem
+SHMINFO = struct.Struct("<5Q32x")  # struct shminfo64: max min mni seg all
+SHM_INFO_S = struct.Struct("<i4x5Q")  # struct shm_info: used_ids tot rss swp swap_attempts swap_successes
+MSG_STAT, MSG_INFO, MSG_STAT_ANY = 11, 12, 13
 
 
 def _perm(thing: IpcObject) -> bytes:
@@ -46,6 +54,19 @@ def _set(task: Task, thing: IpcObject, raw: bytes) -> None:
     _, uid, gid, _, _, mode, *_ = IPC_PERM.unpack_from(raw)
     thing.uid, thing.gid, thing.mode = uid, gid, mode & 0o777
     thing.ctime = int(time.time())
+
+
+def _highest(table: IpcTable) -> int:
+    """What the INFO commands return: the highest index in use, 0 when there is none."""
+    return max(table.objects, default=0)
+
+
+def _at(table: IpcTable, index: int) -> Any:
+    """The object of the STAT commands, which count indices from 0 on; EINVAL."""
+    found = table.objects.get(index)
+    if found is None:
+        raise Errno(errno.EINVAL)
+    return found
 
 
 # -- message queues --------------------------------------------------------------------------------
@@ -86,12 +107,12 @@ async def _send(task: Task, queue: MessageQueue, message: Message, flags: int) -
             return -errno.EINTR
 
 
-@syscall(70, partial="no MSG_COPY")
+@syscall(70)
 def msgrcv(task: Task, msqid: Int, msgp: UserPtr, msgsz: Size, msgtyp: Long, msgflg: Int) -> Any:
     if msqid < 0 or msgsz >= 1 << 63:
         return -errno.EINVAL
-    if msgflg & MSG_COPY:
-        return -errno.ENOSYS
+    if msgflg & MSG_COPY and (msgflg & MSG_EXCEPT or not msgflg & IPC_NOWAIT):
+        return -errno.EINVAL
     return _receive(task, namespace(task).messages.find(msqid), msgp, msgsz, msgtyp, msgflg)
 
 
@@ -100,13 +121,18 @@ async def _receive(task: Task, queue: MessageQueue, address: int, size: int, kin
         if queue.removed:
             return -errno.EIDRM
         queue.permit(4, task.creds)
-        index = queue.select(kind, bool(flags & MSG_EXCEPT))
+        if flags & MSG_COPY:  # `kind` is a position, and the message stays
+            index = kind if 0 <= kind < len(queue.messages) else -1
+        else:
+            index = queue.select(kind, bool(flags & MSG_EXCEPT))
         if index >= 0:
             message = queue.messages[index]
             if len(message.text) > size and not flags & MSG_NOERROR:
                 return -errno.E2BIG
             text = message.text[:size]
             task.mm.write(address, message.kind.to_bytes(8, "little") + text)
+            if flags & MSG_COPY:
+                return len(text)
             del queue.messages[index]
             queue.bytes -= len(message.text)
             queue.rtime, queue.lrpid = int(time.time()), task.process.pid
@@ -120,14 +146,22 @@ async def _receive(task: Task, queue: MessageQueue, address: int, size: int, kin
             return -errno.EINTR
 
 
-@syscall(71, partial="IPC_RMID, IPC_SET and IPC_STAT")
+@syscall(71)
 def msgctl(task: Task, msqid: Int, cmd: Int, buf: UserPtr) -> int:
     table = namespace(task).messages
-    if cmd not in (IPC_RMID, IPC_SET, IPC_STAT):
+    if cmd in (IPC_INFO, MSG_INFO):
+        queues = table.objects.values()
+        pool, count, total = MSGMNB * MSGMNI >> 10, MSGMNB, MSGMNB  # MSGPOOL, MSGMAP, MSGTQL of uapi/linux/msg.h
+        if cmd == MSG_INFO:
+            pool, count, total = len(queues), sum(len(q.messages) for q in queues), sum(q.bytes for q in queues)
+        task.mm.write(buf, MSGINFO.pack(pool, count, MSGMAX, MSGMNB, MSGMNI, 16, total, 0xFFFF))
+        return _highest(table)
+    if cmd not in (IPC_RMID, IPC_SET, IPC_STAT, MSG_STAT, MSG_STAT_ANY):
         return -errno.EINVAL
-    queue: MessageQueue = table.find(msqid)
-    if cmd == IPC_STAT:
-        queue.permit(4, task.creds)
+    queue: MessageQueue = _at(table, msqid) if cmd in (MSG_STAT, MSG_STAT_ANY) else table.find(msqid)
+    if cmd in (IPC_STAT, MSG_STAT, MSG_STAT_ANY):
+        if cmd != MSG_STAT_ANY:
+            queue.permit(4, task.creds)
         task.mm.write(
             buf,
             MSQID_DS.pack(
@@ -142,7 +176,8 @@ def msgctl(task: Task, msqid: Int, cmd: Int, buf: UserPtr) -> int:
                 queue.lrpid,
             ),
         )
-    elif cmd == IPC_SET:
+        return 0 if cmd == IPC_STAT else queue.id
+    if cmd == IPC_SET:
         raw = task.mm.read(buf, MSQID_DS.size)
         limit = MSQID_DS.unpack(raw)[6]
         if limit > MSGMNB and not task.creds.capable(24):  # CAP_SYS_RESOURCE
@@ -206,14 +241,23 @@ def semtimedop(task: Task, semid: Int, sops: UserPtr, nsops: UInt, timeout: User
 
 
 GETPID, GETVAL, GETALL, GETNCNT, GETZCNT, SETVAL, SETALL, SEM_STAT, SEM_INFO = 11, 12, 13, 14, 15, 16, 17, 18, 19
+SEM_STAT_ANY = 20
+SEMMNI, SEMMNS = 32000, 1024000000  # uapi/linux/sem.h
 
 
-@syscall(66, partial="no IPC_INFO, SEM_INFO and SEM_STAT")
+@syscall(66)
 def semctl(task: Task, semid: Int, semnum: Int, cmd: Int, arg: ULong) -> int:
     table = namespace(task).semaphores
-    if cmd in (IPC_INFO, SEM_INFO, SEM_STAT) or not (cmd in (IPC_RMID, IPC_SET, IPC_STAT) or GETPID <= cmd <= SETALL):
+    if cmd in (IPC_INFO, SEM_INFO):
+        sets, used = 20, SEMVMX  # SEMUSZ, SEMAEM of uapi/linux/sem.h
+        if cmd == SEM_INFO:
+            sets, used = len(table.objects), sum(len(s.values) for s in table.objects.values())
+        limits = SEMMNS, SEMMNI, SEMMNS, SEMMNS, SEMMSL, SEMOPM, SEMOPM, sets, SEMVMX, used
+        task.mm.write(arg, SEMINFO.pack(*limits))
+        return _highest(table)
+    if cmd not in (IPC_RMID, IPC_SET, IPC_STAT, SEM_STAT, SEM_STAT_ANY) and not GETPID <= cmd <= SETALL:
         return -errno.EINVAL
-    semaphores: SemaphoreSet = table.find(semid)
+    semaphores: SemaphoreSet = _at(table, semid) if cmd in (SEM_STAT, SEM_STAT_ANY) else table.find(semid)
     count = len(semaphores.values)
     if cmd in (GETPID, GETVAL, GETNCNT, GETZCNT, SETVAL) and not 0 <= semnum < count:
         return -errno.EINVAL
@@ -243,10 +287,11 @@ def semctl(task: Task, semid: Int, semnum: Int, cmd: Int, arg: ULong) -> int:
         semaphores.ctime = int(time.time())
         semaphores.changed.wake()
         return 0
-    semaphores.permit(4, task.creds)
-    if cmd == IPC_STAT:
+    if cmd != SEM_STAT_ANY:
+        semaphores.permit(4, task.creds)
+    if cmd in (IPC_STAT, SEM_STAT, SEM_STAT_ANY):
         task.mm.write(arg, SEMID_DS.pack(_perm(semaphores), semaphores.otime, 0, semaphores.ctime, 0, count))
-        return 0
+        return 0 if cmd == IPC_STAT else semaphores.id
     if cmd == GETALL:
         task.mm.write(arg, struct.pack(f"<{count}H", *semaphores.values))
         return 0
@@ -260,6 +305,7 @@ def semctl(task: Task, semid: Int, semnum: Int, cmd: Int, arg: ULong) -> int:
 # -- shared memory ---------------------------------------------------------------------------------
 SHM_RDONLY, SHM_RND, SHM_REMAP, SHM_EXEC, SHM_HUGETLB = 0o10000, 0o20000, 0o40000, 0o100000, 0o4000
 SHM_LOCK, SHM_UNLOCK, SHM_DEST, SHM_LOCKED = 11, 12, 0o1000, 0o2000
+SHM_STAT, SHM_INFO, SHM_STAT_ANY = 13, 14, 15
 SHMMAX = 1 << 46
 PAGE = 4096
 
@@ -323,14 +369,22 @@ def shmdt(task: Task, shmaddr: UserPtr) -> int:
     return 0
 
 
-@syscall(31, partial="no IPC_INFO, SHM_INFO and SHM_STAT")
+@syscall(31)
 def shmctl(task: Task, shmid: Int, cmd: Int, buf: UserPtr) -> int:
     table = namespace(task).segments
-    if cmd not in (IPC_RMID, IPC_SET, IPC_STAT, SHM_LOCK, SHM_UNLOCK):
+    if cmd == IPC_INFO:
+        task.mm.write(buf, SHMINFO.pack(SHMMAX, 1, SHMMNI, SHMMNI, SHMMAX >> 12))
+        return _highest(table)
+    if cmd == SHM_INFO:
+        pages = sum(s.size + PAGE - 1 >> 12 for s in table.objects.values())
+        task.mm.write(buf, SHM_INFO_S.pack(len(table.objects), pages, pages, 0, 0, 0))
+        return _highest(table)
+    if cmd not in (IPC_RMID, IPC_SET, IPC_STAT, SHM_LOCK, SHM_UNLOCK, SHM_STAT, SHM_STAT_ANY):
         return -errno.EINVAL
-    segment: Segment = table.find(shmid)
-    if cmd == IPC_STAT:
-        segment.permit(4, task.creds)
+    segment: Segment = _at(table, shmid) if cmd in (SHM_STAT, SHM_STAT_ANY) else table.find(shmid)
+    if cmd in (IPC_STAT, SHM_STAT, SHM_STAT_ANY):
+        if cmd != SHM_STAT_ANY:
+            segment.permit(4, task.creds)
         task.mm.write(
             buf,
             SHMID_DS.pack(
@@ -344,7 +398,8 @@ def shmctl(task: Task, shmid: Int, cmd: Int, buf: UserPtr) -> int:
                 segment.attached,
             ),
         )
-    elif cmd == IPC_SET:
+        return 0 if cmd == IPC_STAT else segment.id
+    if cmd == IPC_SET:
         _set(task, segment, task.mm.read(buf, SHMID_DS.size))
     elif cmd == IPC_RMID:
         segment.own(task.creds)
