@@ -112,7 +112,7 @@ struct ks_machine {
 	u32 trials, trial_gap;
 	cpu_set_t allowed;	/* the Sentry thread's processors */
 	u64 polled;		/* when the host's descriptors were last looked at */
-	int nhost, host_due;
+	int nhost, host_due, host_held;
 	struct epoll_event host[KS_MAX_HOST_EVENTS];
 	u64 count_sleeps, count_spins, count_events, count_doorbells;
 

@@ -232,6 +232,10 @@ int ks_wait(struct ks_machine *m, int64_t timeout)
 	u64 start, now, spin, slept = 0, end = 0;
 	int n;
 
+	if (m->host_held) {	/* edges that a vCPU's event overtook: epoll tells of them once only */
+		m->host_held = 0;
+		return KS_HOST;
+	}
 	if (m->host_due) {
 		m->host_due = 0;
 		if ((n = look_at_host(m, 0)))
@@ -296,8 +300,7 @@ int ks_wait(struct ks_machine *m, int64_t timeout)
 		m->shared->asleep = 0;
 		atomic_store(&m->asleep, 0);
 		if (v || (v = scan(m))) {
-			if (n > 0)
-				m->polled = 0;
+			m->host_held = n > 0;
 			goto out;
 		}
 		if (n)

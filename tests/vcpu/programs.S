@@ -80,6 +80,17 @@ p_spin:			/* counts in rbx until kicked */
 1:	inc %rbx
 	jmp 1b
 
+	.globl p_await
+p_await:		/* a call for each change of the word at rdi */
+	mov $1001, %eax
+	syscall
+1:	pause
+	mov (%rdi), %rax
+	cmp %rax, %rbx
+	je 1b
+	mov %rax, %rbx
+	jmp p_await
+
 	.globl p_int3, p_ud2, p_div0, p_gp, p_load, p_store, p_port
 p_int3:	int3
 	mov $1003, %eax

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import struct
+import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -421,3 +424,36 @@ def test_new_entries_need_no_flush(bench: Bench) -> None:
         ctx.reload()
         assert bench.wait() is ctx and (ctx.nr, ctx.args[0]) == (1003, i)
     ctx.release()
+
+
+def test_a_host_edge_that_a_call_overtakes_is_told_all_the_same(bench: Bench) -> None:
+    """Both come while the wait sleeps: the call is answered first, and epoll tells of an edge once only."""
+    machine, rounds = bench.machine, 200
+    told = threading.Semaphore(0)
+    eventfd = os.eventfd(0, os.EFD_NONBLOCK)
+    words = bench.memory.words
+    ctx = bench.context("p_await", rdi=DATA)
+    ctx.reload()
+    assert bench.wait() is ctx
+
+    def ring() -> None:
+        for count in range(1, rounds + 1):
+            words[bench.data >> 3] = count  # the guest is about to post ...
+            os.eventfd_write(eventfd, 1)  # ... while the wait is on its way out of its sleep
+            if not told.acquire(timeout=5):
+                break
+            time.sleep(0.0002)
+
+    edges = []
+    machine.watch(eventfd, select.EPOLLIN | select.EPOLLET, lambda events: (edges.append(events), told.release()))
+    ctx.reply(0)
+    ringer = threading.Thread(target=ring)
+    ringer.start()
+    deadline = time.monotonic() + 20
+    while ringer.is_alive() and time.monotonic() < deadline:
+        if machine.wait(10_000_000) is ctx:
+            ctx.reply(0)
+    ringer.join()
+    machine.unwatch(eventfd)
+    os.close(eventfd)
+    assert len(edges) == rounds
