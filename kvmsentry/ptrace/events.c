@@ -362,6 +362,10 @@ int pt_wait(struct pt_tracer *m, int64_t timeout)
 	int64_t ns;
 	int n;
 
+	if (m->host_held) {	/* edges that a stub's event overtook: epoll tells of them once only */
+		m->host_held = 0;
+		return PT_HOST;
+	}
 	if (m->host_due) {
 		m->host_due = 0;
 		if ((n = look_at_host(m, 0)))
@@ -399,8 +403,7 @@ int pt_wait(struct pt_tracer *m, int64_t timeout)
 		n = look_at_host(m, ns);
 		c = collect(m);
 		if (c) {
-			if (n > 0)
-				m->host_due = 1;	/* level triggered: they are found again */
+			m->host_held = n > 0;
 			return found(c);
 		}
 		if (n)

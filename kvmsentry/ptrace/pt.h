@@ -87,7 +87,7 @@ struct pt_tracer {
 	int drained;		/* waitpid had nothing since the signal descriptor was last read */
 	volatile int woken;
 	u64 polled, repinned;
-	int nhost, host_due;
+	int nhost, host_due, host_held;
 	struct epoll_event host[PT_MAX_HOST_EVENTS];
 	u64 count_events, count_sleeps, count_runs, count_ops, count_threads, count_spurious;
 };
