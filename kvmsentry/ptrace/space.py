@@ -11,6 +11,7 @@ Nothing is mapped in a stub that the tables do not grant at the moment it runs.
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -130,6 +131,8 @@ class StubTables:
                     window = memory.window(gpa)
                     size = min(size, window.end - gpa)
                     if prot & 4 and window.noexec:
+                        if prot & W:  # stores into a copy would be lost: the process ends instead
+                            raise OSError(errno.EACCES, "a shared file mapping that is written and executed")
                         memory.code(window, gpa, gpa + size)
                         ops.extend((SYS_MMAP, va, size, prot, flags, 0, gpa))
                         va += size

@@ -22,6 +22,7 @@ from kvmsentry.sandbox.spec import SandboxSpec
 from kvmsentry.sandbox.supervisor import NUMBER, WINDOW, window_size
 
 DEFAULT_PATH = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+FALLBACK = "going on with the ptrace platform, which is slower"
 PAGE = 4096
 SI_USER = 0
 GUEST_SHARE = 4  # without --memory the application may use 3/4 of what the host has
@@ -69,13 +70,18 @@ def memory_limit(spec: SandboxSpec) -> int:
 
 
 def make_platform(name: str) -> tuple[Any, Any]:
-    """The platform, "kvm" or "ptrace", and the class of its Mmus."""
+    """The platform, "kvm" or "ptrace", and the class of its Mmus; "auto" is kvm, ptrace where the host's KVM won't."""
     from kvmsentry.mm.pagetables import PageTables
 
     if name != "ptrace":
         from kvmsentry.vcpu.machine import Machine
 
-        return Machine(), PageTables
+        try:
+            return Machine(), PageTables
+        except HostError as error:
+            if name != "auto":
+                raise
+            log.complain(f"{error}; {FALLBACK}")
 
     from kvmsentry.ptrace.space import StubTables
     from kvmsentry.ptrace.tracer import Tracer

@@ -23,8 +23,9 @@ from kvmsentry.sandbox.spec import SandboxSpec
 
 
 def choose_platform(name: str) -> str:
-    """kvm or ptrace. `auto` is kvm, and ptrace where KVM can't be used, which a line on stderr says; HostError where
-    kvm was asked for and can't be used, UserError for unknown names."""
+    """kvm, ptrace, or auto where KVM looks usable and the Sentry shall try it. With `auto`, a host without KVM gets
+    ptrace, which a line on stderr says. HostError where kvm was asked for and can't be used, UserError for unknown
+    names."""
     if name not in ("auto", "kvm", "ptrace"):
         raise UserError(f"unknown platform {name!r} (known: auto, kvm, ptrace)")
     if name == "ptrace":
@@ -45,10 +46,10 @@ def choose_platform(name: str) -> str:
             "add yourself to its group: 'sudo usermod -aG kvm $USER', then log in again",
         )
     if refused is None:
-        return "kvm"
+        return name
     if name == "kvm":
         raise refused
-    print(f"kvmsentry: {refused}; going on with the ptrace platform, which is slower", file=sys.stderr, flush=True)
+    log.complain(f"{refused}; {boot.FALLBACK}")
     return "ptrace"
 
 

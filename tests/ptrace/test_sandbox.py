@@ -78,6 +78,29 @@ def test_auto_falls_back_and_says_so(busybox_tar: str) -> None:
     assert refused.returncode == 125 and "/dev/kvm is not there" in refused.stderr and not refused.stdout
 
 
+def test_auto_falls_back_when_kvm_refuses_later(busybox_tar: str) -> None:
+    """The device is there, but the machine cannot be made."""
+    code = (
+        "import sys\n"
+        "sys.argv[0] = 'kvmsentry'\n"
+        "import os\n"
+        "os.path.exists = (lambda real: lambda path: path == '/dev/kvm' or real(path))(os.path.exists)\n"
+        "os.access = (lambda real: lambda path, *a: path == '/dev/kvm' or real(path, *a))(os.access)\n"
+        "import kvmsentry.vcpu.machine as machine\n"
+        "from kvmsentry.errors import HostError\n"
+        "def refuse():\n"
+        "    raise HostError('KVM_CREATE_VM', 16)\n"
+        "machine.Machine = refuse\n"
+        "from kvmsentry.cli.main import main\n"
+        "main()\n"
+    )
+    done = run([sys.executable, "-c", code, "run", busybox_tar, "echo", "hi"])
+    assert (done.returncode, done.stdout) == (0, "hi\n"), done.stderr
+    assert "KVM_CREATE_VM" in done.stderr and "ptrace" in done.stderr
+    refused = run([sys.executable, "-c", code, "run", "--platform=kvm", busybox_tar, "echo", "hi"])
+    assert refused.returncode == 125 and "KVM_CREATE_VM" in refused.stderr and not refused.stdout
+
+
 def test_nothing_is_left_behind(busybox_tar: str) -> None:
     """A sandbox that is killed takes its stubs with it."""
     before = stubs()
