@@ -65,6 +65,7 @@ TIOCSETD, TIOCGETD, TCSBRKP, TIOCSBRK, TIOCCBRK, TIOCGSID = 0x5423, 0x5424, 0x54
 TCGETS2, TCSETS2, TCSETSW2, TCSETSF2 = 0x802C542A, 0x402C542B, 0x402C542C, 0x402C542D
 TIOCGPTN, TIOCSPTLCK, TIOCGDEV, TIOCSIG, TIOCVHANGUP = 0x80045430, 0x40045431, 0x80045432, 0x40045436, 0x5437
 TIOCGPKT, TIOCGPTLCK, TIOCGEXCL, TIOCGPTPEER = 0x80045438, 0x80045439, 0x80045440, 0x5441
+TIOCGLCKTRMIOS, TIOCSLCKTRMIOS = 0x5456, 0x5457
 
 CAP_SYS_ADMIN = 21  # uapi/linux/capability.h
 SI_KERNEL = 0x80  # uapi/asm-generic/siginfo.h
@@ -126,6 +127,7 @@ class Tty(ttydisc.LineDiscipline):
         self.winsize = bytes(8)  # struct winsize
         self.files: set[TtyFile] = set()
         self.exclusive = False
+        self.locked_modes: Termios | None = None  # TIOCSLCKTRMIOS: bits and characters that are not 0 cannot change
         self.gone = False  # the other side is closed for good
         super().__init__()
 
@@ -390,6 +392,8 @@ def _set(tty: Tty, new: Termios, flush: bool) -> int:
     baud = new.cflag & CBAUD
     if baud != _BOTHER:
         new.ospeed = new.ispeed = _BAUD.get(baud, 38400)
+    if tty.locked_modes is not None:
+        _keep_locked(tty.termios, new, tty.locked_modes)
     if tty.is_pty:  # pty_set_termios: a pty has no wire whose form could change
         new.cflag = new.cflag & ~(CSIZE | PARENB) | CS8 | CREAD
     if flush:
@@ -397,6 +401,34 @@ def _set(tty: Tty, new: Termios, flush: bool) -> int:
         tty.backlog.clear()
         tty.input_room()
     tty.set_termios(new)
+    return 0
+
+
+def _keep_locked(old: Termios, new: Termios, locked: Termios) -> None:
+    """Bits that TIOCSLCKTRMIOS has locked stay as they are in `old` (unset_locked_termios)."""
+    for name in ("iflag", "oflag", "cflag", "lflag"):
+        bits = getattr(locked, name)
+        setattr(new, name, getattr(new, name) & ~bits | getattr(old, name) & bits)
+    if locked.line:
+        new.line = old.line
+    for index, lock in enumerate(locked.cc):
+        if lock:
+            new.cc[index] = old.cc[index]
+
+
+def _glcktrmios(tty: Tty, task: Task, argument: int, file: File, master: bool) -> int:
+    t = tty.locked_modes
+    fields = (t.iflag, t.oflag, t.cflag, t.lflag, t.line, bytes(t.cc)) if t is not None else (0, 0, 0, 0, 0, b"")
+    task.mm.write(argument, _termios.pack(*fields))
+    return 0
+
+
+def _slcktrmios(tty: Tty, task: Task, argument: int, file: File, master: bool) -> int:
+    if not task.creds.capable(CAP_SYS_ADMIN):
+        raise Errno(errno.EPERM)
+    t = tty.locked_modes = Termios()
+    t.iflag, t.oflag, t.cflag, t.lflag, t.line, cc = _termios.unpack(task.mm.read(argument, _termios.size))
+    t.cc = bytearray(cc)
     return 0
 
 
@@ -610,6 +642,6 @@ _IOCTLS: dict[int, Callable[[Tty, Any, int, File, bool], int]] = {
     TIOCEXCL: _exclusive(True), TIOCNXCL: _exclusive(False), TIOCGEXCL: _gexcl, TIOCSCTTY: _sctty, TIOCNOTTY: _notty,
     TIOCGSID: _gsid, TIOCGPGRP: _gpgrp, TIOCSPGRP: _spgrp, TIOCOUTQ: _outq, FIONREAD: _inq, TIOCSTI: _sti,
     TIOCGWINSZ: _gwinsz, TIOCSWINSZ: _swinsz, TIOCGETD: _getd, TIOCSETD: _setd, TIOCGDEV: _gdev, TIOCVHANGUP: _vhangup,
-    TIOCCONS: _cons,
+    TIOCCONS: _cons, TIOCGLCKTRMIOS: _glcktrmios, TIOCSLCKTRMIOS: _slcktrmios,
 }  # fmt: skip
 assert NCCS == 19

@@ -6,8 +6,10 @@
 #include <linux/kcmp.h>
 #include <pthread.h>
 #include <sched.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <asm/termbits.h>
 
 static void scheduling(void)
 {
@@ -190,8 +192,29 @@ static void compared(void)
 	CHECK(status_of(pid) == SIGKILL);
 }
 
+static void locked_terminal(void)
+{
+	int fd = posix_openpt(O_RDWR | O_NOCTTY);
+	struct termios t, lock;
+
+	CHECK(fd >= 0 && ioctl(fd, TCGETS, &t) == 0);
+	CHECK(ioctl(fd, TIOCGLCKTRMIOS, &lock) == 0 && lock.c_lflag == 0 && lock.c_cc[VINTR] == 0);
+	memset(&lock, 0, sizeof(lock));
+	lock.c_lflag = ECHO;
+	lock.c_cc[VINTR] = 1;
+	CHECK(ioctl(fd, TIOCSLCKTRMIOS, &lock) == 0);
+	t.c_lflag &= ~(ECHO | ICANON);
+	t.c_cc[VINTR] = 5;
+	t.c_cc[VQUIT] = 6;
+	CHECK(ioctl(fd, TCSETS, &t) == 0 && ioctl(fd, TCGETS, &t) == 0);
+	CHECK(t.c_lflag & ECHO && !(t.c_lflag & ICANON) && t.c_cc[VINTR] == 3 && t.c_cc[VQUIT] == 6);
+	CHECK(ioctl(fd, TIOCGLCKTRMIOS, &lock) == 0 && lock.c_lflag == ECHO && lock.c_cc[VINTR] == 1);
+	close(fd);
+}
+
 int main(void)
 {
+	locked_terminal();
 	compared();
 	no_memory();
 	directory_signals();
