@@ -7,7 +7,7 @@ import os
 from cffi import FFI
 
 HERE = os.path.join("kvmsentry", "ptrace")
-SOURCES = ("stub", "trace", "events", "mem")
+SOURCES = ("stub", "trace", "events", "tracer", "mem")
 
 
 def interface() -> str:

@@ -99,6 +99,7 @@ void pt_buried(struct pt_tracer *m, struct pt_thread *t);
 int pt_take(struct pt_tracer *m, struct pt_thread *t, int status);
 void pt_resume(struct pt_tracer *m, struct pt_ctx *c);
 void pt_put_pending(struct pt_tracer *m, struct pt_ctx *c);
+void pt_drop_pending(struct pt_tracer *m, struct pt_ctx *c);
 
 extern const char pt_code_start[], pt_code_end[], pt_code_run[], pt_code_call[], pt_code_done[], pt_code_failed[];
 
