@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import click
 
-from kvmsentry import __version__
+from kvmsentry import __version__, log
 from kvmsentry.errors import HostError, UserError
 
 STATUS_OURS = 125  # what Docker and podman exit with when they, not the command, failed
@@ -22,6 +22,7 @@ COMMANDS = {
     "do": ("kvmsentry.cli.run", "do", "Run a command on this host's files, and throw its changes away."),
     "images": ("kvmsentry.cli.images", "images", "List and remove unpacked images."),
     "doctor": ("kvmsentry.cli.doctor", "doctor", "Say what this host's KVM can do and what to mend."),
+    "bench": ("kvmsentry.cli.bench", "bench", "Measure what this host's platforms cost, natively and in sandboxes."),
     "help": ("kvmsentry.cli.topics", "topics", "Help on a command, or on what the sandbox supports."),
 }
 
@@ -63,6 +64,7 @@ def commands() -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line (sys.argv without `arguments`) and exit with its status."""
+    log.mark("python")
     gc.disable()  # the imports to come make no garbage; the Sentry turns it on again (sandbox/boot.py)
     sys.exit(call(arguments))
 
