@@ -173,12 +173,9 @@ class Kmsg(File):
 class KernelLog:
     """The ring buffer: how the kernel booted, then what applications wrote to /dev/kmsg (the last ones)."""
 
-    LIMIT = 512
-
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.boot: list[tuple[int, int, str]] | None = None
-        self.added: list[tuple[int, int, str]] = []
 
     def records(self) -> list[tuple[int, int, str]]:
         """(level, microseconds since boot, text) of every record."""
@@ -186,7 +183,7 @@ class KernelLog:
             from kvmsentry.kernel import identity
 
             self.boot = identity.boot_lines(self.kernel)
-        return self.boot + self.added
+        return [*self.boot, *self.kernel.messages]
 
     def add(self, data: bytes) -> None:
         """A record as it was written to /dev/kmsg: `<level>text`, level 4 by default."""
@@ -195,9 +192,7 @@ class KernelLog:
             number, _, text = text[1:].partition(b">")
             if number.isdigit():
                 level = int(number)
-        now = self.kernel.now() // 1000
-        self.added.append((level, now, text.decode(errors="backslashreplace")))
-        del self.added[: -self.LIMIT]
+        self.kernel.say(level, text.decode(errors="backslashreplace"))
 
 
 class Devices:

@@ -82,6 +82,5 @@ def command_line() -> str:
 
 def dmesg(kernel: Any) -> str:
     """The ring buffer as syslog(2) SYSLOG_ACTION_READ_ALL gives it: `<level>[seconds] text` lines."""
-    return "".join(
-        f"<{level}>[{at // 1_000_000:5d}.{at % 1_000_000:06d}] {text}\n" for level, at, text in boot_lines(kernel)
-    )
+    records = (*boot_lines(kernel), *kernel.messages)
+    return "".join(f"<{level}>[{at // 1_000_000:5d}.{at % 1_000_000:06d}] {text}\n" for level, at, text in records)

@@ -47,6 +47,7 @@ class Kernel:
         self.sessions: dict[int, Session] = {}
         self.ready: deque[Task] = deque()  # tasks whose sleep is over
         self.timers = Timers(self)
+        self.messages: deque[tuple[int, int, str]] = deque(maxlen=512)  # dmesg after the boot: (level, µs, text)
         self.deferred: list[Callable[[], None]] = []  # to be called before the next wait: work that must not nest
         self.init: Process | None = None
         self.exit_status: int | None = None  # wait status of init once it is gone
@@ -63,6 +64,11 @@ class Kernel:
         """CLOCK_MONOTONIC as the application sees it, in ns since this kernel booted; what deadlines are measured
         by."""
         return time.monotonic_ns() - self.boot_monotonic
+
+    def say(self, level: int, text: str) -> None:
+        """A line for dmesg and for the log; `level` as in syslog(2), 3 is an error."""
+        self.messages.append((level, self.now() // 1000, text))
+        log.log(text)
 
     def new_pid(self) -> int:
         """The next free id, for a task, process group and session alike; EAGAIN when there is none."""
@@ -241,6 +247,9 @@ class Kernel:
             refused = task.mm.handle_fault(ctx.fault_address, ctx.error_code)
             if refused:
                 signo, code = refused
+                if signo == 9:
+                    name = task.comm.decode(errors="replace")
+                    self.say(3, f"Out of memory: Killed process {task.process.pid} ({name})")
                 signals.fault(task, signo, code, ctx.fault_address, 14, ctx.error_code)
         elif event == EV_EXCEPTION:
             signals.exception(task, ctx.vector, ctx.error_code)

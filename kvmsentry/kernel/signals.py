@@ -455,6 +455,8 @@ async def exit_to_user(task: Task, result: int | None) -> Any:
     reload = result is None
     while True:
         if process.exiting or task.pending.mask & KILL:
+            if not process.exiting and process.exec_task is None:  # forced on this thread: memory is out
+                exit_.exit_group(process, SIGKILL)
             exit_.do_exit(task, process.exit_code)
             return GONE
         if process.stopped:
