@@ -23,6 +23,15 @@ class Errno(Exception):
         return os.strerror(self.errno)
 
 
+class OutOfMemory(Errno):
+    """The application's memory limit is reached amid an access of its memory: Linux kills it, whatever it was doing."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__(12)  # ENOMEM
+
+
 class HostError(Exception):
     """The host refused `operation`; `errno` is the host's (0 when there is none), `mend` says what helps."""
 

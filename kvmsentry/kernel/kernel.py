@@ -20,9 +20,9 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from kvmsentry import log
-from kvmsentry.errors import BrokenInvariant, Errno
+from kvmsentry.errors import BrokenInvariant, Errno, OutOfMemory
 from kvmsentry.kernel import traps
-from kvmsentry.kernel.task import Process, Session, Task, UtsNamespace
+from kvmsentry.kernel.task import Process, Session, SigInfo, Task, UtsNamespace
 from kvmsentry.kernel.traps import Sleep, Timers
 from kvmsentry.syscall import table
 from kvmsentry.syscall.names import NAMES
@@ -133,12 +133,26 @@ class Kernel:
                 else:
                     result = call_row(task, ctx.args)
             except Errno as error:
-                result = -error.errno
+                result = self.refused(task, error)
             if result.__class__ is int and not task.work and not -517 < result < -511:
                 task.in_guest = True
                 ctx.reply(result)
             else:
                 self.finish(task, result)
+
+    def refused(self, task: Task, error: Errno) -> int:
+        """A handler raised `error`: the result. An access of user memory that finds none left ends the process."""
+        if error.__class__ is OutOfMemory:
+            from kvmsentry.kernel import signals
+
+            self.say_killed(task)
+            signals.force(task, SigInfo(9, 0x80))  # SIGKILL, SI_KERNEL
+        return -error.errno
+
+    def say_killed(self, task: Task) -> None:
+        """The line of Linux's out-of-memory killer."""
+        name = task.comm.decode(errors="replace")
+        self.say(3, f"Out of memory: Killed process {task.process.pid} ({name})")
 
     def slow_syscall(self, task: Task, ctx: Any) -> None:
         """A call with strace or a seccomp filter in the way."""
@@ -156,7 +170,7 @@ class Kernel:
                     self.strace(task, row, args, None)
                 result = table.calls[nr](task, args)
         except Errno as error:
-            result = -error.errno
+            result = self.refused(task, error)
         if self.strace is not None and row is not None:
             if result.__class__ is int:
                 self.strace(task, row, args, result)
@@ -168,7 +182,7 @@ class Kernel:
         try:
             result = await coro
         except Errno as error:
-            result = -error.errno
+            result = self.refused(task, error)
         if self.strace is not None:
             self.strace(task, row, args, result)
         return result
@@ -221,7 +235,7 @@ class Kernel:
             return
         except Errno as error:
             task.coro = None
-            self.finish(task, -error.errno)
+            self.finish(task, self.refused(task, error))
             return
         if sleep is None and not parked.woken:
             task.ctx.park()
@@ -248,8 +262,7 @@ class Kernel:
             if refused:
                 signo, code = refused
                 if signo == 9:
-                    name = task.comm.decode(errors="replace")
-                    self.say(3, f"Out of memory: Killed process {task.process.pid} ({name})")
+                    self.say_killed(task)
                 signals.fault(task, signo, code, ctx.fault_address, 14, ctx.error_code)
         elif event == EV_EXCEPTION:
             signals.exception(task, ctx.vector, ctx.error_code)

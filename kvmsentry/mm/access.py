@@ -9,11 +9,12 @@ through memory.safe_read and safe_write.
 from __future__ import annotations
 
 import errno
+import signal
 import struct
 from collections.abc import Hashable
 from typing import Any
 
-from kvmsentry.errors import Errno
+from kvmsentry.errors import Errno, OutOfMemory
 from kvmsentry.mm.pages import PF_PRESENT, PF_USER, PF_WRITE, Pages
 from kvmsentry.mm.pagetables import GPA, HUGE_MASK, PAGE, P, W
 from kvmsentry.mm.vma import VM_SHARED
@@ -26,9 +27,12 @@ class UserAccess(Pages):
     """Reading and writing an address space from the kernel. `va` is whatever the application gave: any integer."""
 
     def _fault_in(self, va: int, write: bool) -> bool:
-        if self.handle_fault(va, PF_USER | (PF_WRITE | PF_PRESENT if write else 0)) == 0:
+        refused = self.handle_fault(va, PF_USER | (PF_WRITE | PF_PRESENT if write else 0))
+        if refused == 0:
             entry = self.mmu.entry(va)
             return bool(entry & P and (entry & W or not write))
+        if refused[0] == signal.SIGKILL:
+            raise OutOfMemory
         return False
 
     def _walk(self, va: int, n: int, write: bool) -> tuple[list[tuple[int, int]], int]:
