@@ -19,7 +19,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#define SLICES 5
+#define SLICES 5	/* at least; more until the budget is spent, should they turn out short */
+#define MOST_SLICES 255
 
 struct row {
 	const char *name;
@@ -64,13 +65,12 @@ static inline int by_value(const void *a, const void *b)
 	return (x > y) - (x < y);
 }
 
-/* SLICES slices that together take about `budget` ns; the first runs, which find out how many fit, are not counted. */
+/* Slices that together take about `budget` ns; the first runs, which find out how many fit, are not counted. */
 static inline int measure(const struct row *row, double budget)
 {
-	double took, again, slices[SLICES];
-	/* volatile: it lives across longjmp. */
-	volatile long n = 1;
-	long per = row->per ? row->per : 1;
+	double took, again, slices[MOST_SLICES], spent = 0;
+	long n = 1, per = row->per ? row->per : 1;
+	int count = 0;
 
 	errno = 0;
 	if (setjmp(failed)) {
@@ -94,13 +94,16 @@ static inline int measure(const struct row *row, double budget)
 		}
 		n *= took * SLICES * 16 < budget ? 8 : 2;
 	}
-	for (int i = 0; i < SLICES; i++)
-		slices[i] = timed(row->run, n) / n / per;
+	while (count < SLICES || (count < MOST_SLICES && spent < budget)) {
+		took = timed(row->run, n);
+		spent += took;
+		slices[count++] = took / n / per;
+	}
 	if (row->tear_down)
 		row->tear_down();
-	qsort(slices, SLICES, sizeof(*slices), by_value);
+	qsort(slices, count, sizeof(*slices), by_value);
 	printf("{\"name\": \"%s\", \"ns\": %.2f, \"min\": %.2f, \"max\": %.2f, \"calls\": %ld}\n", row->name,
-	       slices[SLICES / 2], slices[0], slices[SLICES - 1], n * SLICES);
+	       slices[count / 2], slices[0], slices[count - 1], n * count);
 	fflush(stdout);
 	return 0;
 }

@@ -39,7 +39,7 @@ th:first-child,td:first-child{text-align:left;padding-left:0}
 tr:last-child td{border-bottom:0} tr.group td{font-weight:650;padding-top:16px}
 td small{color:var(--soft);display:block;line-height:1.2} td em{font-style:normal;color:var(--bad)}
 details summary{cursor:pointer;color:var(--accent);margin:10px 0}
-svg{display:block;max-width:100%;height:auto;font:12px system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
+svg{display:block;max-width:100%;height:auto;font:12px system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
 svg text{fill:var(--ink)} svg .soft{fill:var(--soft)} svg .grid{stroke:var(--grid)} svg .axis{stroke:var(--soft)}
 code{font:13px ui-monospace,"DejaVu Sans Mono",monospace}
 """
@@ -169,12 +169,15 @@ def _idle(facts: dict[str, Any]) -> str:
     rows = [(p, facts["idle"][p]) for p in table.names(facts) if "pss" in facts["idle"].get(p, {})]
     if not rows:
         return ""
-    memory = [(p, v["pss"] / 1e6, f"{v['pss'] / 1e6:.1f} MB in {v['processes']} processes", None, "") for p, v in rows]
-    used = [(p, v["cpu"], f"{v['cpu']:.0f} ms in {v['seconds']:.0f} s", None, "") for p, v in rows]
+    memory: list[plots.Bar] = [
+        (p, v["pss"] / 1e6, f"{v['pss'] / 1e6:.1f} MB", None, f"{v['processes']} processes") for p, v in rows
+    ]
+    used: list[plots.Bar] = [(p, v["cpu"], f"{v['cpu']:.0f} ms in {v['seconds']:.0f} s", None, "") for p, v in rows]
     return (
         "<h2>Idle</h2><p class=soft>A sandbox whose application sleeps.</p><div class=cards>"
         f"<div class=card><h3>Memory</h3><p>proportional set size over the process tree</p>{plots.bars(memory)}</div>"
-        f"<div class=card><h3>Processor time</h3><p>user and system, over the same tree</p>{plots.bars(used)}</div></div>"
+        f"<div class=card><h3>Processor time</h3><p>user and system, over the same tree</p>{plots.bars(used)}</div>"
+        "</div>"
     )
 
 
@@ -228,7 +231,8 @@ def _method(facts: dict[str, Any]) -> str:
     absent = f" Left out: {escape(', '.join(left))}." if left else ""
     return (
         "<h2>How it was measured</h2>"
-        f"<p class=soft>{facts['rounds']} rounds after one that is not counted; within a round the platforms take turns. "
+        f"<p class=soft>{facts['rounds']} rounds after one that is not counted; within a round the platforms take "
+        "turns. "
         "Micro programs measure inside, five slices each, the middle one counts. Every program checks its results. "
         f"{escape(noise)}.{absent} To repeat: <code>kvmsentry bench --html FILE</code>.</p>"
     )

@@ -131,8 +131,8 @@ def phases(measured: list[tuple[str, dict[str, Any]]]) -> str:
             index = list(PHASES).index(name) if name in PHASES else -1
             colour = _shade(index) if index >= 0 else f"var(--{place})"
             tip = f"{PHASES.get(name, 'from start to end')}: {table.number(ms)} ms"
-            out.append(f"<g><title>{escape(tip)}</title><rect x='{x:.1f}' y='{y + 4}' width='{max(length - 1, .5):.1f}' "
-                       f"height='26' rx='2' fill='{colour}'/>")  # fmt: skip
+            out.append(f"<g><title>{escape(tip)}</title><rect x='{x:.1f}' y='{y + 4}' "
+                       f"width='{max(length - 1, 0.5):.1f}' height='26' rx='2' fill='{colour}'/>")  # fmt: skip
             if length > 7 * len(name) + 8 and name:
                 out.append(_text(x + length / 2, y + 21, name, "middle", "style='fill:#fff'"))
             out.append("</g>")

@@ -57,9 +57,9 @@ def bench(only: str | None, platform: str | None, rounds: int | None, quick: boo
     if json_file:
         _write(json_file, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     if html_file:
-        from kvmsentry.bench import html
+        from kvmsentry.bench.html import page
 
-        _write(html_file, html.page(facts))
+        _write(html_file, page(facts))
     if json_file != "-" and html_file != "-":
         click.echo(table.text(facts), nl=False)
     if facts["interrupted"]:
