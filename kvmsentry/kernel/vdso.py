@@ -22,12 +22,14 @@ MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 2, 0x10, 0x20
 VVAR = struct.Struct("<QQQQQ")  # struct vvar from `tsc` on
 SEQUENCE = struct.Struct("<II")
 VALID_FIRST, VALID_MOST = 10_000_000, 1_000_000_000  # ns
+MEASURED = 5_000_000  # ns
 GROWTH = 8  # how much longer each set of parameters is believed than the last
 STEEPEST = 1 << 22  # a slope may be off the rate seen by a 1,000th (of 2**32), to meet the clock again
 
 
 class Vdso:
-    """One a sandbox; `ticks` reads the counter that the guest's RDTSC reads."""
+    """One a sandbox; `ticks` reads the counter that the guest's RDTSC reads, `khz` is its nominal rate, 0 when nobody
+    told: then applications come by the system call until MEASURED ns have shown it."""
 
     def __init__(self, kernel: Any, image: bytes, ticks: Any, khz: int) -> None:
         self.kernel, self.ticks = kernel, ticks
@@ -45,12 +47,12 @@ class Vdso:
         gpa = self.vvar.map_pages(0, PAGE, True)[0][0]
         self.page = view[gpa : gpa + PAGE]
         self.sequence = 0
-        self.multiplier = (1_000_000 << 32) // khz
-        self.slope = self.multiplier
+        self.multiplier = self.slope = (1_000_000 << 32) // khz if khz else 0
         self.valid_ns = VALID_FIRST
         self.tsc, self.base = self._sample()
         self.seen = self.tsc, self.base  # the last true pair
-        self._publish()
+        if khz:
+            self._publish()
 
     def map(self, mm: Any) -> int:
         """Map parameters and image into an address space; returns AT_SYSINFO_EHDR. Errno(ENOMEM)."""
@@ -61,12 +63,16 @@ class Vdso:
 
     def stale(self) -> bool:
         """Do applications come by the system call because the parameters are too old?"""
-        return bool((self.ticks() - self.tsc) * self.slope >> 32 > self.valid_ns)
+        return not self.slope or (self.ticks() - self.tsc) * self.slope >> 32 > self.valid_ns
 
     def update(self) -> int:
         """New parameters; returns now, in ns of kernel.now(), not before anything that the old ones have said."""
         tsc, now = self._sample()
         elapsed = tsc - self.seen[0]
+        if not self.slope:
+            if now - self.seen[1] < MEASURED:
+                return now
+            self.tsc, self.base = tsc, now
         if elapsed > 0 and now > self.seen[1]:
             self.multiplier = ((now - self.seen[1]) << 32) // elapsed
         said = self.base + ((tsc - self.tsc) * self.slope >> 32)

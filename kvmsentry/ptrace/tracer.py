@@ -11,13 +11,13 @@ import os
 import select
 import socket
 import struct
-import time
 from array import array
 from collections.abc import Callable
 from typing import Any
 
 from kvmsentry.errors import BrokenInvariant, Errno, HostError
 from kvmsentry.vcpu import layout
+from kvmsentry.vcpu.common import HostSide
 from kvmsentry.vcpu.layout import EV_EXCEPTION, EV_FAULT, EV_HOST_ERROR, EV_SYSCALL, NREGS, RIP
 
 from ._ptrace import ffi, lib
@@ -126,7 +126,7 @@ class Context:
         self._tracer._release(self)
 
 
-class Tracer:
+class Tracer(HostSide):
     """The ptrace platform. HostError when the host refuses, with what helps."""
 
     def __init__(self, mmu_factory: Callable[[], Any] | None = None) -> None:
@@ -150,24 +150,13 @@ class Tracer:
             raise
         self.xcr0: int = lib.pt_xcr0(self._m)
         self.xsave_size: int = lib.pt_xsave_size(self._m)
-        self.traits: dict[str, Any] = {"entry": "ptrace", "paging": "host", "xcr0": self.xcr0}
+        self.traits: dict[str, Any] = {"entry": "ptrace", "paging": "host", "xcr0": self.xcr0, "tsc_is_hosts": True}
         self._contexts: dict[int, Context] = {}
         self._pool: list[Stub] = []
         self._watched: dict[int, Callable[[int], None]] = {}
         self._epoll_fd: int = lib.pt_epoll_fd(self._m)
         self._epoll = select.epoll.fromfd(os.dup(self._epoll_fd))
         self._ops = self.memory.words[GPA_LIST >> 3 : (GPA_LIST >> 3) + OPS * WORDS]
-        self._tsc_khz = 0
-
-    @property
-    def tsc_khz(self) -> int:
-        """The time-stamp counter's rate; measured on first use, 5 ms."""
-        if not self._tsc_khz:
-            ticks, begin = lib.pt_ticks(), time.monotonic_ns()
-            time.sleep(0.005)
-            spent = lib.pt_ticks() - ticks
-            self._tsc_khz = spent * 1_000_000 // (time.monotonic_ns() - begin)
-        return self._tsc_khz
 
     @property
     def counters(self) -> dict[str, int]:
@@ -493,26 +482,6 @@ class Tracer:
             return self.memory.safe_read(gpa, min(15, PAGE - (rip & PAGE - 1)))
         except Errno:
             return b""
-
-    def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
-        """Calls callback(ready events) inside wait() whenever the host's descriptor is ready (level triggered).
-        Watching it again replaces events and callback. HostError when epoll cannot watch it."""
-        try:
-            if fd in self._watched:
-                self._epoll.modify(fd, events)
-            else:
-                self._epoll.register(fd, events)
-        except OSError as error:
-            raise HostError(f"epoll_ctl of descriptor {fd}", error.errno or errno.EIO) from None
-        self._watched[fd] = callback
-
-    def unwatch(self, fd: int) -> None:
-        """Ends watch(); before the descriptor is closed."""
-        if self._watched.pop(fd, None) is not None:
-            try:
-                self._epoll.unregister(fd)
-            except OSError as error:
-                raise HostError(f"epoll_ctl of descriptor {fd}", error.errno or errno.EIO) from None
 
     def wake(self) -> None:
         """From any thread: makes wait() return."""

@@ -125,7 +125,9 @@ class Sandbox:
         self.kernel = Kernel(self.platform, self.frames, spec.hostname)
         if self.platform.traits.get("tsc_is_hosts") and vdso.counter_is_steady():
             image = self.platform.vdso_image()
-            self.kernel.vdso = vdso.Vdso(self.kernel, image, self.platform.ticks, self.platform.tsc_khz)
+            self.kernel.vdso = vdso.Vdso(
+                self.kernel, image, self.platform.ticks, self.platform.traits.get("tsc_khz", 0)
+            )
         table.load()
         preload()
         log.mark("handlers")

@@ -19,6 +19,7 @@ from kvmsentry.errors import BrokenInvariant, Errno, HostError
 
 from . import layout
 from ._kvm import ffi, lib
+from .common import HostSide
 from .layout import EV_EXCEPTION, EV_FAULT, EV_HOST_ERROR, EV_SYSCALL, LINEAR_PML4, NREGS, STUB_PML4
 from .memory import PAGE, GuestMemory
 from .traits import open_kvm, refusal, traits
@@ -122,7 +123,7 @@ class Context:
         self._machine._release(self)
 
 
-class Machine:
+class Machine(HostSide):
     """A KVM virtual machine as a Platform. HostError when the host refuses, with what helps."""
 
     def __init__(self, mmu_factory: Callable[[], Any] | None = None) -> None:
@@ -318,26 +319,6 @@ class Machine:
             raise HostError("epoll_wait", -n - lib.KS_FAILED - 1)
         return None
 
-    def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
-        """Calls callback(ready events) inside wait() whenever the host's descriptor is ready (level triggered).
-        Watching it again replaces events and callback. HostError when epoll cannot watch it."""
-        try:
-            if fd in self._watched:
-                self._epoll.modify(fd, events)
-            else:
-                self._epoll.register(fd, events)
-        except OSError as error:
-            raise HostError(f"epoll_ctl of descriptor {fd}", error.errno or errno.EIO) from None
-        self._watched[fd] = callback
-
-    def unwatch(self, fd: int) -> None:
-        """Ends watch(); before the descriptor is closed."""
-        if self._watched.pop(fd, None) is not None:
-            try:
-                self._epoll.unregister(fd)
-            except OSError as error:
-                raise HostError(f"epoll_ctl of descriptor {fd}", error.errno or errno.EIO) from None
-
     def wake(self) -> None:
         """From any thread: makes wait() return."""
         lib.ks_wake(self._m)
@@ -355,16 +336,6 @@ class Machine:
             return
         if rc < 0:
             raise HostError("invalidation by the service vCPU", -rc)
-
-    def vdso_image(self) -> bytes:
-        """The vDSO, an ELF image to be mapped behind its page of parameters (guest_stub/vdso.c)."""
-        length = ffi.new("uint64_t *")
-        return bytes(ffi.buffer(lib.ks_vdso(length), length[0]))
-
-    def ticks(self) -> int:
-        """The host's time-stamp counter: the guest's too where traits["tsc_is_hosts"]."""
-        count: int = lib.ks_host_ticks()
-        return count
 
     def memory_barrier(self) -> None:
         """Every guest thread passes a full memory barrier before this returns (membarrier(2) for the runner
