@@ -156,7 +156,8 @@ class Kernel:
 
     def slow_syscall(self, task: Task, ctx: Any) -> None:
         """A call with strace or a seccomp filter in the way."""
-        nr = task.orig_rax = ctx.nr
+        task.orig_rax = ctx.nr
+        nr = ctx.nr & 0xFFFFFFFF
         args = ctx.args
         row = table.rows[nr] if nr < 512 else None
         try:
@@ -187,8 +188,12 @@ class Kernel:
             self.strace(task, row, args, result)
         return result
 
-    def unknown_syscall(self, task: Task, nr: int) -> int:
-        """ENOSYS, with a line in the log the first time."""
+    def unknown_syscall(self, task: Task, nr: int) -> Any:
+        """ENOSYS, with a line in the log the first time. The number is an int: RAX may have anything above it."""
+        low = nr & 0xFFFFFFFF
+        call = table.calls[low] if low != nr and low < 512 else None
+        if call is not None:
+            return call(task, task.ctx.args)
         name = NAMES.get(nr, "unknown")
         log.log_once(f"system call {nr} ({name}) is not supported; asked for by {task.comm.decode(errors='replace')!r}")
         return -errno.ENOSYS
