@@ -264,8 +264,9 @@ class TmpInode(Inode):
         if self.nlink == 0:
             raise Errno(errno.ENOENT)
         assert isinstance(inode, TmpInode)
-        self.sb.charge()  # a name costs us what an inode does (shmem_link)
-        inode.links += 1
+        if inode.nlink:  # a further name costs us what an inode does; O_TMPFILE's first one is paid for (shmem_link)
+            self.sb.charge()
+            inode.links += 1
         names[name] = inode
         inode.nlink += 1
         inode.ctime = _now()

@@ -8,6 +8,7 @@
 #include <sched.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/stat.h>
 #include <asm/termbits.h>
 
@@ -212,8 +213,43 @@ static void locked_terminal(void)
 	close(fd);
 }
 
+/* System call numbers are ints: what RAX has above does not count, for numbers that exist and for those that do not. */
+static void numbers(void)
+{
+	CHECK(syscall(SYS_getpid | 1L << 32) == getpid());
+	CHECK(syscall(SYS_getpid | 0x80000001L << 32) == getpid());
+	FAILS(syscall(0x7fffffffL), ENOSYS);
+	FAILS(syscall(-1L), ENOSYS);
+	FAILS(syscall(600 | 1L << 32), ENOSYS);
+}
+
+static void unnamed_files(void)
+{
+	char name[] = "/tmp/edgesXXXXXX";
+	int fd;
+
+	if (unshare(CLONE_NEWNS) != 0 || mount(NULL, "/", NULL, MS_PRIVATE | MS_REC, NULL) != 0)
+		return;
+	CHECK(mkdtemp(name));
+	if (mount(NULL, name, "tmpfs", 0, "nr_inodes=3") == 0 && chdir(name) == 0) {
+		fd = open(".", O_WRONLY | O_TMPFILE, 0600);
+		CHECK(fd >= 0 && linkat(fd, "", AT_FDCWD, "named", AT_EMPTY_PATH) == 0);
+		close(fd);
+		fd = open(".", O_WRONLY | O_TMPFILE, 0600);
+		CHECK(fd >= 0);
+		FAILS(linkat(AT_FDCWD, "named", AT_FDCWD, "again", 0), ENOSPC);
+		CHECK(linkat(fd, "", AT_FDCWD, "second", AT_EMPTY_PATH) == 0);
+		FAILS(open("third", O_CREAT | O_WRONLY, 0600), ENOSPC);
+		close(fd);
+		CHECK(chdir("/") == 0 && umount(name) == 0);
+	}
+	CHECK(rmdir(name) == 0);
+}
+
 int main(void)
 {
+	numbers();
+	unnamed_files();
 	locked_terminal();
 	compared();
 	no_memory();
