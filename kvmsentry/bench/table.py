@@ -122,9 +122,9 @@ def _idle(idle: dict[str, Any], places: list[str]) -> list[str]:
 
 
 def markdown(facts: dict[str, Any]) -> str:
-    """The figures as a Markdown table: median, spread, ratio."""
+    """Everything as Markdown tables: figures with spread and ratio, start-up, idle."""
     places = names(facts)
-    lines = ["| | " + " | ".join(places) + " |", "| --- |" + " ---: |" * len(places)]
+    lines = _head("", places)
     for group, title in GROUPS.items():
         rows = [row for row in facts["benchmarks"] if row["group"] == group and row["results"]]
         if rows:
@@ -135,4 +135,30 @@ def markdown(facts: dict[str, Any]) -> str:
                 middle, spread, times = cell(row["results"].get(place), row["unit"], place == "native")
                 cells.append(" ".join(filter(None, [middle, f"({spread})" if spread else "", times])))
             lines.append(f"| {row['name']}, {row['unit']} | " + " | ".join(cells) + " |")
+    measured = {p: facts["startup"][p] for p in places if "total" in facts["startup"].get(p, {})}
+    if measured:
+        lines += ["", *_head("start-up, ms", list(measured))]
+        for name, what in {**PHASES, "total": "all told"}.items():
+            shown = [v["total"] if name == "total" else v.get("phases", {}).get(name) for v in measured.values()]
+            if any(ms is not None for ms in shown):
+                lines.append(f"| {what} | " + " | ".join("" if ms is None else number(ms) for ms in shown) + " |")
+    idle = {p: facts["idle"][p] for p in places if "pss" in facts["idle"].get(p, {})}
+    if idle:
+        lines += ["", *_head("idle", list(idle))]
+        lines.append("| PSS, MB | " + " | ".join(f"{v['pss'] / 1e6:.1f}" for v in idle.values()) + " |")
+        lines.append("| processor, ms/s | " + " | ".join(number(v["cpu"] / v["seconds"]) for v in idle.values()) + " |")
+        lines.append("| processes | " + " | ".join(str(v["processes"]) for v in idle.values()) + " |")
+    if facts["counters"]:
+        for place in ("kvm", "ptrace"):
+            found = {name: value[place] for name, value in facts["counters"].items() if place in value}
+            if found:
+                columns = list(next(iter(found.values())))
+                lines += ["", *_head(f"counters, {place}", columns)]
+                lines += [
+                    f"| {n} | " + " | ".join(f"{v.get(c, 0):,}" for c in columns) + " |" for n, v in found.items()
+                ]
     return "\n".join(lines) + "\n"
+
+
+def _head(title: str, columns: list[str]) -> list[str]:
+    return [f"| {title} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]

@@ -24,10 +24,12 @@ STATUS_FAILED, STATUS_INTERRUPTED = 1, 130
 @click.option("--runsc", is_flag=True, help="The system's runsc as well, on ptrace and on KVM (needs root).")
 @click.option("--json", "json_file", metavar="FILE", help="Write all figures to FILE (- for standard output).")
 @click.option("--html", "html_file", metavar="FILE", help="Write a page with plots to FILE.")
+@click.option("--markdown", "markdown_file", metavar="FILE", help="Write a table in Markdown to FILE.")
 @click.option("--from", "source", metavar="FILE", help="Measure nothing: show the figures that --json wrote.")
 @click.option("--list", "listing", is_flag=True, help="List the benchmarks.")
 def bench(only: str | None, platform: str | None, rounds: int | None, quick: bool, runsc: bool,
-          json_file: str | None, html_file: str | None, source: str | None, listing: bool) -> int:  # fmt: skip
+          json_file: str | None, html_file: str | None, markdown_file: str | None, source: str | None,
+          listing: bool) -> int:  # fmt: skip
     """Measure what this host's platforms cost: the same programs natively and in sandboxes.
 
     The platforms take turns within each round; figures are medians over the rounds, with the least and the greatest,
@@ -46,7 +48,7 @@ def bench(only: str | None, platform: str | None, rounds: int | None, quick: boo
         _list()
         return 0
     chosen = catalogue.choose(_names(only))
-    for path in (json_file, html_file):
+    for path in (json_file, html_file, markdown_file):
         _check_writable(path)
     if source is not None:
         facts = _load(source)
@@ -60,7 +62,9 @@ def bench(only: str | None, platform: str | None, rounds: int | None, quick: boo
         from kvmsentry.bench.html import page
 
         _write(html_file, page(facts))
-    if json_file != "-" and html_file != "-":
+    if markdown_file:
+        _write(markdown_file, table.markdown(facts))
+    if "-" not in (json_file, html_file, markdown_file):
         click.echo(table.text(facts), nl=False)
     if facts["interrupted"]:
         return STATUS_INTERRUPTED
