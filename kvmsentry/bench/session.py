@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import os
 import shutil
+import signal
 import socket
 import statistics
 import tempfile
@@ -110,8 +111,9 @@ class Session:
         return len(self.platforms) * (1 + len(self.steps) * (self.rounds + 1) + extras)
 
     def run(self) -> None:
-        """Measure everything; on an interrupt, stop and keep what there is."""
+        """Measure everything; on SIGINT or SIGTERM, stop and keep what there is."""
         noise = host.Noise()
+        before = {signo: signal.signal(signo, signal.default_int_handler) for signo in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._run()
         except KeyboardInterrupt:
@@ -119,6 +121,8 @@ class Session:
         finally:
             measure.end_strays(self.state)
             self.noise = noise.finish()
+            for signo, handler in before.items():
+                signal.signal(signo, handler)
 
     def _run(self) -> None:
         disk = MEMORY_DISK if os.path.isdir(MEMORY_DISK) else None
