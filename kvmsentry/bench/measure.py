@@ -41,7 +41,7 @@ class Outcome:
             return f"time limit: nothing after {limit:.0f} s"
         if self.status == 0:
             return ""
-        words = " ".join(self.stderr.split())[-TAIL:]
+        words = " ".join(" ".join(self.stderr.splitlines()[-2:]).split())[-TAIL:]
         how = f"signal {-self.status}" if self.status < 0 else f"status {self.status}"
         return f"{how}: {words}" if words else how
 
