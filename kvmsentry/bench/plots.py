@@ -88,8 +88,8 @@ def _dot(place: str, result: dict[str, Any], native: dict[str, Any], at: Any, y:
 
 def bars(rows: list[Bar]) -> str:
     """Horizontal bars with the words at the right of each, a thin line for its reach."""
-    width, label, room = 360, 84, 118
-    most = max([value for _, value, _, _, _ in rows] + [1e-9])
+    width, label, room = 360, 84, 126
+    most = max([value for _, value, _, _, _ in rows] + [reach[1] for _, _, _, reach, _ in rows if reach] + [1e-9])
     out = []
     for i, (place, value, words, reach, tip) in enumerate(rows):
         y = i * 24
@@ -102,7 +102,7 @@ def bars(rows: list[Bar]) -> str:
         out.append(f"<rect x='{label}' y='{y + 4}' width='{length:.1f}' height='14' rx='3' fill='{colour}'/>")
         end = label + length
         if reach is not None:
-            a, b = (label + min(edge / most, 1.15) * (width - label - room) for edge in reach)
+            a, b = (label + edge / most * (width - label - room) for edge in reach)
             out.append(f"<line x1='{a:.1f}' x2='{b:.1f}' y1='{y + 11}' y2='{y + 11}' stroke='var(--ink)' "
                        "stroke-opacity='.55' stroke-width='1.5'/>")  # fmt: skip
             end = max(end, b)

@@ -47,8 +47,9 @@ def grid(rows: list[list[str]], left: int = 1) -> list[str]:
 
 
 def names(facts: dict[str, Any]) -> list[str]:
-    """The platforms in the order they were run."""
-    return [p["name"] for p in facts["platforms"]]
+    """The platforms in the order they were run, without those that failed before they gave any figure."""
+    gave = {place for row in facts["benchmarks"] for place, result in row["results"].items() if "median" in result}
+    return [p["name"] for p in facts["platforms"] if not p["failure"] or p["name"] in gave]
 
 
 def text(facts: dict[str, Any]) -> str:
