@@ -92,6 +92,7 @@ class Kernel:
         """Serve until init is gone and every task with it; returns init's wait status (wait(2))."""
         platform, ready, timers, calls = self.platform, self.ready, self.timers, table.calls
         wait, step = platform.wait, self.step
+        timers_ran = False  # since the last wait
         while True:
             while ready:
                 step(ready.popleft())
@@ -108,12 +109,17 @@ class Kernel:
                     timeout = -1
                 else:
                     now = self.now()
-                    if deadline <= now:
+                    if deadline > now:
+                        timeout = deadline - now
+                    elif timers_ran:
+                        timeout = 0  # guests have their turn also when some timer is always due
+                    else:
                         timers.run(now)
+                        timers_ran = True
                         continue
-                    timeout = deadline - now
             else:
                 timeout = -1
+            timers_ran = False
             ctx = wait(timeout)
             if ctx is None:
                 continue

@@ -41,7 +41,10 @@ class SignalTimer(abc.ABC):
         """(interval, time left) in ns; time left 0 when disarmed."""
         if self.expiry is None:
             return self.interval, 0
-        return self.interval, max(self.expiry - self.clock(), 1)
+        left = self.expiry - self.clock()
+        if left <= 0 and self.interval:
+            left = self.interval - -left % self.interval
+        return self.interval, max(left, 1)
 
     def set(self, interval: int, value: int, absolute: bool = False) -> None:
         """Arm (value > 0) or disarm."""
@@ -119,6 +122,7 @@ class PosixTimer(SignalTimer):
         self.creator = creator
         self.cpu = clockid in (2, 3) or clockid < 0
         self.queued: SigInfo | None = None  # sent and not yet taken: further expiries only count
+        self.halted = False  # periodic, and waits for its signal to be taken (posixtimer_rearm in the Linux kernel)
         self.overrun = self.overrun_delivered = 0
 
     def clock(self) -> int:
@@ -128,11 +132,41 @@ class PosixTimer(SignalTimer):
             return cputime.of_task(self.creator) if self.clockid == 3 else cputime.of_process(self.process)
         return self.kernel.now()
 
+    def set(self, interval: int, value: int, absolute: bool = False) -> None:
+        """As the others. A signal of the old setting that is still queued has no say in the new one."""
+        self.halted = False
+        super().set(interval, value, absolute)
+
+    def get(self) -> tuple[int, int]:
+        """As the others; one that sends nothing and has expired is at 0."""
+        interval, left = super().get()
+        if self.signo is None and not interval and self.expiry is not None and self.clock() >= self.expiry:
+            left = 0
+        return interval, left
+
+    def _arm(self) -> None:
+        if self.signo is not None:  # else nobody hears of it: only `get` is asked
+            super()._arm()
+
+    def _due(self) -> None:
+        """A periodic timer stands still until its signal is taken: one with a period of 1 ns keeps nobody from running.
+        How often it would have expired meanwhile is the overrun."""
+        self.timer = None
+        if self.expiry is None or self.process.zombie:
+            return
+        if self.clock() < self.expiry:
+            self._arm()
+            return
+        if self.interval:
+            self.halted = True
+        else:
+            self.expiry = None
+        self.fire(0)
+
     def fire(self, missed: int) -> None:
         from kvmsentry.kernel import signals
 
-        if self.signo is None:
-            return
+        assert self.signo is not None
         if self.queued is not None:
             self.overrun += missed + 1
             return
@@ -146,7 +180,14 @@ class PosixTimer(SignalTimer):
             signals.send_process(self.process, info)
 
     def delivered(self, info: SigInfo) -> None:
-        """Signal delivery took our signal: its overrun count is final, the next expiry may queue again."""
-        info.fields["overrun"] = self.overrun_delivered = self.overrun
+        """Signal delivery took our signal, or threw it away: its overrun count is final, the next expiry may queue
+        again."""
         self.queued = None
+        if self.halted and self.expiry is not None:
+            self.halted = False
+            missed = max(0, self.clock() - self.expiry) // self.interval
+            self.overrun += missed
+            self.expiry += (missed + 1) * self.interval
+            self._arm()
+        info.fields["overrun"] = self.overrun_delivered = min(self.overrun, 0x7FFFFFFF)
         self.overrun = 0
