@@ -190,7 +190,7 @@ def set_mempolicy(task: Task, mode: Int, nodemask: UserPtr, maxnode: ULong) -> i
 
 @syscall(239, note="there is one memory node")
 def get_mempolicy(task: Task, policy: UserPtr, nodemask: UserPtr, maxnode: ULong, addr: UserPtr, flags: ULong) -> int:
-    if flags & ~7 or (flags & MPOL_F_MEMS_ALLOWED and flags & 3):
+    if flags & ~7 or (flags & MPOL_F_MEMS_ALLOWED and flags & 3) or (nodemask and not maxnode):
         return -errno.EINVAL
     mode, nodes = getattr(task, "mempolicy", (MPOL_DEFAULT, 0))
     if flags & MPOL_F_MEMS_ALLOWED:
@@ -198,7 +198,10 @@ def get_mempolicy(task: Task, policy: UserPtr, nodemask: UserPtr, maxnode: ULong
     if policy:
         task.mm.write_u32(policy, 0 if flags & MPOL_F_NODE else mode)
     if nodemask:
-        task.mm.write(nodemask, nodes.to_bytes((min(maxnode, 4096) + 63) // 64 * 8, "little"))
+        length = (maxnode - 1 + 63) // 64 * 8  # copy_nodes_to_user
+        if length > PAGE_MASK + 1:
+            return -errno.EINVAL
+        task.mm.write(nodemask, nodes.to_bytes(8, "little").ljust(length, b"\0")[:length])
     return 0
 
 
