@@ -84,6 +84,29 @@ def _check(code: list[tuple[int, int, int, int]]) -> None:
             raise Errno(errno.EINVAL)
     if code[-1][0] & 7 != RET:
         raise Errno(errno.EINVAL)
+    _check_scratch(code)
+
+
+def _check_scratch(code: list[tuple[int, int, int, int]]) -> None:
+    """check_load_and_stores: EINVAL for a scratch word that is read where some way leads to it unwritten. Jumps lead
+    forward only, so one pass sees every way."""
+    everything = 0xFFFF
+    written = [everything] * (len(code) + 1)  # words that every way to this instruction has written
+    written[0] = 0
+    for at, (op, jt, jf, k) in enumerate(code):
+        valid, kind = written[at], op & 7
+        ways: tuple[int, ...] = (at + 1,)
+        if kind in (ST, STX):
+            valid |= 1 << k
+        elif op in (0x60, 0x61):
+            if not valid >> k & 1:
+                raise Errno(errno.EINVAL)
+        elif kind == JMP:
+            ways = (at + 1 + k,) if op == 0x05 else (at + 1 + jt, at + 1 + jf)
+        elif kind == RET:
+            ways = ()
+        for way in ways:
+            written[way] &= valid
 
 
 def _run(code: list[tuple[int, int, int, int]], data: bytes) -> tuple[int, bool]:
@@ -218,18 +241,33 @@ def _kill(task: Task, signo: int, whole: bool) -> Any:
     return GONE
 
 
-def install(task: Task, program: bytes, flags: int, sync: bool) -> None:
+def _follows(thread: Task, chain: tuple[Filter, ...]) -> bool:
+    """May `thread` be given `chain` and more: its own filters must be an earlier state of it (is_ancestor)."""
+    state: Seccomp | None = thread.seccomp
+    if state is None:
+        return True
+    own = state.filters
+    return not state.strict and len(own) <= len(chain) and all(a is b for a, b in zip(own, chain, strict=False))
+
+
+def install(task: Task, program: bytes, flags: int, sync: bool) -> int:
     """Add a filter to `task` (and to its siblings with `sync`, SECCOMP_FILTER_FLAG_TSYNC). The caller checked
-    privilege."""
+    privilege. 0, or the id of a sibling that went its own way, and then nothing was done."""
     new = Filter(program, bool(flags & 2))
     current: Seccomp | None = task.seccomp
     if current is not None and current.strict:
         raise Errno(errno.EINVAL)
-    chain = (*(current.filters if current else ()), new)
+    old = current.filters if current else ()
+    chain = (*old, new)
     if sum(len(f.code) + 4 for f in chain) > MAX_INSTRUCTIONS_PER_PATH:
         raise Errno(errno.ENOMEM)
     state = Seccomp(chain)
     if sync:
-        for thread in task.process.threads.values():
+        siblings = [thread for thread in task.process.threads.values() if thread is not task and not thread.dead]
+        for thread in siblings:
+            if not _follows(thread, old):
+                return thread.tid
+        for thread in siblings:
             thread.seccomp = state
     task.seccomp = state
+    return 0

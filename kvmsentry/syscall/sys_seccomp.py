@@ -42,8 +42,9 @@ def set_filter(task: Task, flags: int, args: int) -> int:
         return -errno.EINVAL
     if not task.process.no_new_privs and not task.creds.capable(CAP_SYS_ADMIN):
         return -errno.EACCES
-    filters.install(task, task.mm.read(address, length * filters.INSTRUCTION.size), flags, bool(flags & FLAG_TSYNC))
-    return 0
+    program = task.mm.read(address, length * filters.INSTRUCTION.size)
+    diverged = filters.install(task, program, flags, bool(flags & FLAG_TSYNC))
+    return -errno.ESRCH if diverged and flags & FLAG_TSYNC_ESRCH else diverged
 
 
 @syscall(317, partial="no user notification, no tracer")

@@ -140,7 +140,7 @@ def status(reader: Task, target: Task) -> str:
         lines += ["HugetlbPages:\t       0 kB", "CoreDumping:\t0", "THP_enabled:\t0", "untag_mask:\t0xffffffffffffffff"]
     queued = len(process.pending.queue) + sum(len(thread.pending.queue) for thread in process.threads.values())
     limit = process.rlimits[11][0]
-    seccomp = 2 if target.seccomp is not None else 0
+    seccomp = target.seccomp.mode if target.seccomp is not None else 0
     lines += [
         f"Threads:\t{max(1, len(process.threads))}", f"SigQ:\t{queued}/{limit if limit != RLIM_INFINITY else 1 << 20}",
         f"SigPnd:\t{target.pending.mask:016x}", f"ShdPnd:\t{process.pending.mask:016x}",
@@ -148,7 +148,7 @@ def status(reader: Task, target: Task) -> str:
         f"SigIgn:\t{ignored:016x}", f"SigCgt:\t{caught:016x}", f"CapInh:\t{creds.inheritable:016x}",
         f"CapPrm:\t{creds.permitted:016x}", f"CapEff:\t{creds.effective:016x}", f"CapBnd:\t{creds.bounding:016x}",
         f"CapAmb:\t{creds.ambient:016x}", f"NoNewPrivs:\t{int(process.no_new_privs)}", f"Seccomp:\t{seccomp}",
-        f"Seccomp_filters:\t{len(getattr(target.seccomp, 'filters', ())) if seccomp else 0}",
+        f"Seccomp_filters:\t{len(target.seccomp.filters) if seccomp else 0}",
         "Speculation_Store_Bypass:\tnot vulnerable", "SpeculationIndirectBranch:\tnot affected",
         f"Cpus_allowed:\t{cpu_mask(target.affinity)}", f"Cpus_allowed_list:\t{cpu_list(target.affinity)}",
         "Mems_allowed:\t1", "Mems_allowed_list:\t0", "voluntary_ctxt_switches:\t0", "nonvoluntary_ctxt_switches:\t0",
