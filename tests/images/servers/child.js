@@ -1,0 +1,1 @@
+process.on('message',m=>{process.send({sq:m.n*m.n})})
