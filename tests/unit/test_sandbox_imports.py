@@ -1,4 +1,4 @@
-"""Once the Sentry is locked into an empty root it can import nothing: whatever a handler imports must be there before."""
+"""Once the Sentry is locked into an empty root it can import nothing: what a handler imports must be there before."""
 
 from __future__ import annotations
 
