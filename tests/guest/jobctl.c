@@ -2,6 +2,7 @@
 #include "proc_check.h"
 #include <fcntl.h>
 #include <sys/ioctl.h>
+#include <sys/prctl.h>
 #include <termios.h>
 
 static volatile int stops, continues, last_code;
@@ -25,14 +26,18 @@ static void stops_and_continues(void)
 	CHECK(sigaction(SIGCHLD, &sa, NULL) == 0);
 	pid = fork();
 	if (pid == 0) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL); /* a check that fails leaves nobody with our pipes */
 		for (;;)
 			pause();
 	}
+	nap(50);
 	CHECK(kill(pid, SIGSTOP) == 0);
 	CHECK(waitpid(pid, &status, WUNTRACED) == pid && WIFSTOPPED(status) && WSTOPSIG(status) == SIGSTOP);
 	CHECK(waitpid(pid, &status, WUNTRACED | WNOHANG) == 0);
 	CHECK(kill(pid, SIGCONT) == 0);
 	CHECK(waitpid(pid, &status, WCONTINUED) == pid && WIFCONTINUED(status));
+	for (int i = 0; i < 200 && continues == 0; i++)
+		nap(10); /* wait(2) may see the change before the SIGCHLD of it is sent */
 	CHECK(stops == 1 && continues == 1);
 	CHECK(kill(pid, SIGSTOP) == 0);
 	CHECK(waitid(P_PID, pid, &info, WSTOPPED | WNOWAIT) == 0);
