@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import subprocess
 import threading
 import time
@@ -87,11 +88,10 @@ def run(argv: list[str], limit: float, scratch: str = "/tmp") -> Outcome:
     try:
         for reader in readers:
             reader.start()
-        try:
-            process.wait(limit)
-        except subprocess.TimeoutExpired:
-            late = True
+        late = not ended(process.pid, limit)
         end = time.monotonic_ns()
+        if not late:
+            process.wait()
     finally:
         if process.poll() is None:
             end_tree(process)
@@ -102,6 +102,17 @@ def run(argv: list[str], limit: float, scratch: str = "/tmp") -> Outcome:
         process.stderr.close()
     out, err = (b"".join(part).decode(errors="replace") for part in (pieces, errors))
     return Outcome(process.returncode, out, err, begin, first, end, late)
+
+
+def ended(pid: int, limit: float) -> bool:
+    """Wait until a child has ended, at most `limit` seconds. Popen.wait with a limit looks every 50 ms only."""
+    fd = os.pidfd_open(pid)
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(limit * 1e3))
+    finally:
+        os.close(fd)
 
 
 def end_tree(process: subprocess.Popen[bytes]) -> None:

@@ -179,6 +179,13 @@ def test_nothing_outlives_a_time_limit(tmp_path: Any) -> None:
     assert state in ("Z", "gone")
 
 
+def test_an_end_is_noticed_when_it_comes_not_at_the_next_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Popen.wait(limit) sleeps between looks, which made all times multiples of 50 ms."""
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it slept"))
+    outcome = measure.run(["/bin/sleep", "0.3"], 60)
+    assert outcome.status == 0 and not outcome.late and outcome.took >= 300_000_000
+
+
 def test_phases_add_up_to_the_whole() -> None:
     outcome = measure.Outcome(0, "1", "", begin=100, first=190, end=200, late=False)
     spans = startup.split(outcome, [("python", 110), ("exec", 160), ("run", 195)])
