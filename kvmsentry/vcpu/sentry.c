@@ -205,8 +205,6 @@ static u64 spin_limit(struct ks_machine *m)
 		if (++m->trials < m->trial_gap)
 			return 0;
 		m->trials = 0;
-		if (m->trial_gap < TRIAL_GAP_MOST)
-			m->trial_gap *= 2;
 		move_over(m);
 		limit = TRIAL_US;
 	}
@@ -218,12 +216,17 @@ static void spin_ended(struct ks_machine *m, u64 spin, u64 spun, u64 slept)
 	if (!spin)
 		return;
 	if (!slept && spun < spin) {
-		if (!m->credit)
+		if (!m->credit) {
 			m->credit = CREDIT_LOSS;
-		else if (m->credit < CREDIT_MAX && ++m->credit == CREDIT_MAX)
 			m->trial_gap = TRIAL_GAP;
-	} else if (slept < ticks_of_us(m, HARM_US))
+		} else if (m->credit < CREDIT_MAX) {
+			m->credit++;
+		}
+	} else if (slept < ticks_of_us(m, HARM_US)) {
+		if (!m->credit && m->trial_gap < TRIAL_GAP_MOST)
+			m->trial_gap *= 2;
 		m->credit = m->credit > CREDIT_LOSS ? m->credit - CREDIT_LOSS : 0;
+	}
 }
 
 int ks_wait(struct ks_machine *m, int64_t timeout)
