@@ -1,4 +1,4 @@
-sleep 0.3 & (exit 3) & wait -n
+sleep 1 & (sleep 0.2; exit 3) & wait -n
 echo $?
 wait
 echo $?
