@@ -2,8 +2,9 @@
 
 What must hold (see README.md, "Making a change hold"):
 - Accessed and Dirty are always preset, else the processor (or KVM in its place) writes the tables itself.
-- An entry that appears needs nothing. One that disappears or narrows is recorded by its table (a page table for 4 KiB
-  entries, a page directory for 2 MiB entries) and holds after `flush()`.
+- An entry that appears needs nothing. One that disappears or narrows is recorded by its place in a table (a page table
+  for 4 KiB entries, a page directory for 2 MiB entries) and holds after `flush()`. KVM forgets what it shadows of the
+  places named and no more: were the whole table named, every page it shows would fault once more.
 - A page that was a table is a table again only after an invalidation touched it: KVM keeps its shadow of a table page
   until then.
 """
@@ -34,6 +35,8 @@ FLAGS = tuple(
 )
 _ZERO_PAGE = bytes(PAGE)
 _TABLE_BATCH = 64  # freed tables that are touched by one invalidation
+_PLACES = 16  # more entries of one table than that are not named one by one
+WHOLE = 4  # added to a table's GPA: all of it, as a place to invalidate (see platform.invalidate)
 _TABLE_RUN = 16  # frames taken for tables at a time: tables lie together, away from 2 MiB runs
 
 _blocks: dict[int, memoryview] = {}  # (2 MiB of GPA | flags) -> its 512 entries; the same frames come back hot
@@ -115,7 +118,7 @@ class TablePool:
         """Makes every dirty page a clean one."""
         batch, self.dirty = self.dirty, []
         if batch:
-            self.platform.invalidate(mmu, batch)
+            self.platform.invalidate(mmu, [gpa + WHOLE for gpa in batch])
             self.clean += batch
 
     def free(self, gpa: int) -> None:
@@ -135,7 +138,7 @@ class PageTables:
     """The Mmu of the KVM platform: one address space's tables.
 
     `platform` gives `kernel_pml4_entries() -> {index: entry}` for the part that all address spaces share, and
-    `invalidate(mmu, tables)`. Addresses and lengths in bytes, page aligned; `prot` in PROT_ bits.
+    `invalidate(mmu, places)`: GPAs of entries, or of tables plus WHOLE. Addresses and lengths in bytes, page aligned; `prot` in PROT_ bits.
     """
 
     def __init__(self, platform: Any, frames: Any) -> None:
@@ -148,7 +151,7 @@ class PageTables:
         self._pts: dict[int, int] = {}
         self._pds: dict[int, int] = {}
         self._pdpts: dict[int, int] = {}
-        self._stale: set[int] = set()  # GPAs of tables that lost or narrowed entries
+        self._stale: set[int] = set()  # GPAs of entries that went or narrowed, or of tables plus WHOLE
         self._gone: list[int] = []  # tables that are free once the flush is done
         self.quiet = False  # True while no vCPU can have loaded cr3 (exec, fork): nothing to invalidate
         self._kernel: list[int] = []
@@ -180,7 +183,7 @@ class PageTables:
                 if level != 1 or not old & PS:
                     raise BrokenInvariant(f"entry {old:#x} where no table is, va {va:#x} level {level}")
                 self._words[at : at + 512] = entries(old & ~PS, 512)  # a 2 MiB entry is split
-                self._stale.add(above << 3)
+                self._stale.add(slot << 3)
             self._words[slot] = gpa | TABLE
             books[va >> shift] = at
         return at
@@ -189,10 +192,17 @@ class PageTables:
         """Takes the page table of the 2 MiB at `va` out; the caller has dealt with what it held."""
         at = self._pts.pop(va >> 21, None)
         if at is not None:
-            above = self._pds[va >> 30]
-            self._words[above + (va >> 21 & 511)] = 0
-            self._stale.add(above << 3)
+            slot = self._pds[va >> 30] + (va >> 21 & 511)
+            self._words[slot] = 0
+            self._stale.add(slot << 3)
             self._gone.append(at << 3)
+
+    def _note(self, slot: int, count: int) -> None:
+        """Records `count` entries of one table from index `slot` of words on."""
+        if count > _PLACES:
+            self._stale.add((slot & ~511) << 3 | WHOLE)
+        else:
+            self._stale.update(range(slot << 3, slot + count << 3, 8))
 
     # -- raw entries, for AddressSpace
 
@@ -206,7 +216,7 @@ class PageTables:
                 at = self._pds.get(va >> 30) or self._table(va, 2)
                 slot = at + (va >> 21 & 511)
                 if words[slot]:
-                    self._stale.add(at << 3)
+                    self._stale.add(slot << 3)
                     self._drop_table(va)
                 words[slot] = gpa | flags | PS
                 va += HUGE
@@ -220,11 +230,13 @@ class PageTables:
                 new = gpa | flags
                 old = words[slot]
                 if old & P and (old ^ new) & ~(W | SOFT | NX) or old & ~new & (P | W) or new & ~old & NX and old:
-                    self._stale.add(pt << 3)
+                    self._stale.add(slot << 3)
                 words[slot] = new
             else:
                 if words[slot : slot + count].tobytes() != _ZERO_PAGE[: count << 3]:
-                    self._stale.add(pt << 3)
+                    for where, entry, pages in runs_of(words[slot : slot + count].tolist()):
+                        if entry & P:
+                            self._note(slot + where, pages)
                 words[slot : slot + count] = entries(gpa | flags, count)
             va += count << 12
             gpa += count << 12
@@ -234,9 +246,12 @@ class PageTables:
         ones."""
         pt = self._pts.get(va >> 21) or self._table(va, 1)
         slot = pt + (va >> 12 & 511)
-        self._words[slot : slot + len(new)] = array("Q", new)
+        words = self._words
         if stale:
-            self._stale.add(pt << 3)
+            for index, old in enumerate(words[slot : slot + len(new)].tolist()):
+                if old & P and old != new[index]:
+                    self._stale.add(slot + index << 3)
+        words[slot : slot + len(new)] = array("Q", new)
 
     def entry(self, va: int) -> int:
         """The leaf entry for `va` as a 4 KiB entry (a 2 MiB one is shown as the part that holds `va`, PS set); 0 when
@@ -318,7 +333,7 @@ class PageTables:
                     continue
                 if stop - at == HUGE:
                     words[slot] = 0
-                    self._stale.add(pd << 3)
+                    self._stale.add(slot << 3)
                     removed.append((at, entry, 512))
                     continue
                 pt = self._table(at, 1)
@@ -328,16 +343,18 @@ class PageTables:
                 entry = words[pt + index]
                 if entry:
                     words[pt + index] = 0
-                    self._stale.add(pt << 3)
+                    if entry & P:
+                        self._stale.add(pt + index << 3)
                     removed.append((at, entry, 1))
                 continue
             table = words[pt + index : pt + index + count].tolist()
             if any(table):
                 for where, entry, pages in runs_of(table):
                     removed.append((at + (where << 12), entry, pages))
+                    if entry & P and count < 512:
+                        self._note(pt + index + where, pages)
                 if count < 512:
                     words[pt + index : pt + index + count] = memoryview(_ZERO_PAGE[: count << 3]).cast("Q")
-                    self._stale.add(pt << 3)
             if count == 512:
                 self._drop_table(at)
         return removed
@@ -364,7 +381,7 @@ class PageTables:
                     flags = thin if private and entry & SOFT != OWNED else wide
                     new = entry & (GPA | SOFT) | flags | PS
                     if entry & ~new & (P | W) or new & ~entry & NX:
-                        self._stale.add(pd << 3)
+                        self._stale.add(slot << 3)
                     words[slot] = new
                     continue
                 pt = self._table(at, 1)
@@ -375,9 +392,9 @@ class PageTables:
             for where, entry, count in runs_of(table):
                 flags = thin if private and entry & SOFT != OWNED else wide
                 new = entry & (GPA | SOFT) | flags
-                if entry & ~new & (P | W) or new & ~entry & NX:
-                    self._stale.add(pt << 3)
                 slot = pt + index + where
+                if entry & P and (entry & ~new & (P | W) or new & ~entry & NX):
+                    self._note(slot, count)
                 if count == 1:
                     words[slot] = new
                 else:
@@ -389,7 +406,7 @@ class PageTables:
         if pt is None:
             pt = self._pds.get(va >> 30)
         if pt is not None:
-            self._stale.add(pt << 3)
+            self._stale.add(pt << 3 | WHOLE)
 
     # -- the Mmu interface
 
@@ -413,13 +430,27 @@ class PageTables:
         if self._stale:
             stale = self._stale
             self._stale = set()
-            if self._gone:
-                stale.difference_update(self._gone)  # unlinked: nothing walks them any more; touched before reuse
-            if not self.quiet:
-                self.platform.invalidate(self, list(stale))
+            places = [] if self.quiet else self._places(stale)
+            if places:
+                self.platform.invalidate(self, places)
         if self._gone:
             self.pool.dirty += self._gone
             self._gone = []
+
+    def _places(self, stale: set[int]) -> list[int]:
+        """What is to be named of `stale`: a table as a whole, or its entries where they are few."""
+        tables: dict[int, list[int]] = {}
+        for place in stale:
+            tables.setdefault(place & -PAGE, []).append(place)
+        for gpa in self._gone:  # unlinked: nothing walks them any more; touched before reuse
+            tables.pop(gpa, None)
+        places: list[int] = []
+        for gpa, named in tables.items():
+            if len(named) > _PLACES or gpa + WHOLE in named:
+                places.append(gpa + WHOLE)
+            else:
+                places += named
+        return places
 
     def destroy(self) -> None:
         """Frees the tables, not the leaf frames. No vCPU may run in this address space any more."""

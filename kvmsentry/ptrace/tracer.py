@@ -293,7 +293,7 @@ class Tracer(HostSide):
                 return False
         return True
 
-    def invalidate(self, mmu: Any, tables: list[int]) -> None:
+    def invalidate(self, mmu: Any, places: list[int]) -> None:
         """Makes what changed in the tables of mmu hold before it returns, for threads that run; what stands still
         catches up before it runs again."""
         if not mmu.changed or mmu.stub is None:

@@ -39,7 +39,7 @@ int ks_vcpu_new(struct ks_machine *m, struct ks_vcpu **out, const char **failed)
 int ks_epoll_fd(struct ks_machine *m);
 uint64_t ks_counter(struct ks_machine *m, int which);
 uint64_t ks_vcpu_counter(struct ks_vcpu *v, int which);
-int ks_touch(struct ks_machine *m, uint64_t cr3, uint64_t *tables, int n);
+int ks_touch(struct ks_machine *m, uint64_t cr3, const uint64_t *places, int n);
 int ks_flush_tlbs(struct ks_machine *m);
 
 /* The vDSO's image. */

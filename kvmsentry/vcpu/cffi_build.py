@@ -7,7 +7,7 @@ import os
 from cffi import FFI
 
 HERE = os.path.join("kvmsentry", "vcpu")
-SOURCES = ("vm", "runner", "sentry", "probe", "mem")
+SOURCES = ("vm", "runner", "sentry", "spin", "probe", "mem")
 
 
 def interface() -> str:
@@ -26,6 +26,7 @@ ffibuilder.set_source(
     depends=[
         os.path.join(HERE, "ks.h"),
         os.path.join(HERE, "api.h"),
+        os.path.join(HERE, "spin.h"),
         "guest_stub/layout.h",
         "guest_stub/out/stub_blob.h",
         "guest_stub/out/vdso_blob.h",

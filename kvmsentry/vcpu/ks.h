@@ -30,6 +30,7 @@
 #include <sys/epoll.h>
 
 #include "layout.h"
+#include "spin.h"
 
 typedef uint64_t u64;
 typedef uint32_t u32;
@@ -107,9 +108,7 @@ struct ks_machine {
 
 	/* The wait's own. */
 	u64 tsc_khz;
-	u64 gap;		/* smoothed ticks from an empty scan to the next request */
-	u32 credit;		/* whether spinning has paid lately */
-	u32 trials, trial_gap;
+	struct ks_spin spin;
 	cpu_set_t allowed;	/* the Sentry thread's processors */
 	u64 polled;		/* when the host's descriptors were last looked at */
 	int nhost, host_due, host_held;

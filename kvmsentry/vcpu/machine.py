@@ -325,13 +325,13 @@ class Machine(HostSide):
 
     # Page tables.
 
-    def invalidate(self, mmu: Any, tables: list[int]) -> None:
-        """Makes removed and narrowed entries hold on every vCPU before it returns. `tables`: GPAs of the page-table
-        pages of mmu that lost them, or that were freed and are about to be reused."""
+    def invalidate(self, mmu: Any, places: list[int]) -> None:
+        """Makes removed and narrowed entries hold on every vCPU before it returns. `places`: GPAs of such entries in the
+        tables of mmu, or of whole page-table pages plus 4 (mm.pagetables.WHOLE), for many entries or before reuse."""
         if self.nested:
             rc = lib.ks_flush_tlbs(self._m)
-        elif tables:
-            rc = lib.ks_touch(self._m, mmu.cr3, ffi.new("uint64_t[]", tables), len(tables))
+        elif places:
+            rc = lib.ks_touch(self._m, mmu.cr3, ffi.new("uint64_t[]", places), len(places))
         else:
             return
         if rc < 0:

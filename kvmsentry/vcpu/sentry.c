@@ -16,18 +16,9 @@
 #include "api.h"
 
 enum {
-	NEAR_US = 20,		/* requests closer than this are waited for by spinning (docs: measured) */
-	SPIN_BUSY_US = 40,	/* ... for so long, while guests could use the processor */
-	SPIN_IDLE_US = 150,	/* and so long when a processor would be idle anyway */
 	POLL_US = 50,		/* host descriptors are looked at this often when there is never a reason to sleep */
 	REKICK_US = 2000,
 	SAVE_US = 100,
-	HARM_US = 40,		/* a request so soon after a spin in vain was held up by it */
-	TRIAL_US = 30,
-	TRIAL_GAP = 8,		/* waits until the next trial, doubled with each up to */
-	TRIAL_GAP_MOST = 512,
-	CREDIT_MAX = 64,
-	CREDIT_LOSS = 16,
 };
 
 static u64 ticks_of_us(const struct ks_machine *m, u64 us)
@@ -183,57 +174,11 @@ static void move_over(struct ks_machine *m)
 		sched_setaffinity(0, sizeof(m->allowed), &m->allowed);
 }
 
-/*
- * How long to spin for the next request. The measured gap decides, and so does `credit`: when a guest posts as soon as we
- * sleep, then it shares our processor (others use the rest of the host) and spinning keeps it from running. Such spins
- * cost credit, spins that see a request earn it; without credit only a short trial is made now and then: soon after a
- * passing disturbance, seldom where processors are short.
- */
-static u64 spin_limit(struct ks_machine *m)
-{
-	u64 limit;
-
-	if (!m->nrunning)
-		return 0;
-	if ((int)m->nrunning < m->ncpus)
-		limit = SPIN_IDLE_US;
-	else if (m->gap < ticks_of_us(m, NEAR_US))
-		limit = SPIN_BUSY_US;
-	else
-		return 0;
-	if (!m->credit) {
-		if (++m->trials < m->trial_gap)
-			return 0;
-		m->trials = 0;
-		move_over(m);
-		limit = TRIAL_US;
-	}
-	return ticks_of_us(m, limit);
-}
-
-static void spin_ended(struct ks_machine *m, u64 spin, u64 spun, u64 slept)
-{
-	if (!spin)
-		return;
-	if (!slept && spun < spin) {
-		if (!m->credit) {
-			m->credit = CREDIT_LOSS;
-			m->trial_gap = TRIAL_GAP;
-		} else if (m->credit < CREDIT_MAX) {
-			m->credit++;
-		}
-	} else if (slept < ticks_of_us(m, HARM_US)) {
-		if (!m->credit && m->trial_gap < TRIAL_GAP_MOST)
-			m->trial_gap *= 2;
-		m->credit = m->credit > CREDIT_LOSS ? m->credit - CREDIT_LOSS : 0;
-	}
-}
-
 int ks_wait(struct ks_machine *m, int64_t timeout)
 {
 	struct ks_vcpu *v;
-	u64 start, now, spin, slept = 0, end = 0;
-	int n;
+	u64 start, now, spin = 0, end = 0;
+	int n, begins, slept = 0;
 
 	if (m->host_held) {	/* edges that a vCPU's event overtook: epoll tells of them once only */
 		m->host_held = 0;
@@ -246,7 +191,7 @@ int ks_wait(struct ks_machine *m, int64_t timeout)
 	}
 	v = scan(m);
 	if (v) {
-		m->gap -= m->gap / 8;
+		m->spin.gap -= m->spin.gap / 8;
 		/* Never a reason to sleep: host descriptors get their turn all the same. */
 		if (m->count_events & 31)
 			return found(v);
@@ -258,7 +203,13 @@ int ks_wait(struct ks_machine *m, int64_t timeout)
 	start = now = ks_ticks();
 	if (timeout > 0)
 		end = start + (u64)((unsigned __int128)timeout * m->tsc_khz / 1000000);
-	spin = timeout ? spin_limit(m) : 0;
+	if (timeout) {
+		spin = ks_spin_limit(&m->spin, m->nrunning, m->ncpus, &begins);
+		if (begins) {
+			move_over(m);
+			start = now = ks_ticks();
+		}
+	}
 	for (;;) {
 		if (atomic_load_explicit(&m->woken, memory_order_relaxed)) {
 			atomic_store(&m->woken, 0);
@@ -295,7 +246,7 @@ int ks_wait(struct ks_machine *m, int64_t timeout)
 			if (m->nkicked && (ns < 0 || ns > REKICK_US * 1000))
 				ns = REKICK_US * 1000;
 			m->count_sleeps++;
-			slept = ks_ticks();
+			slept = 1;
 			n = look_at_host(m, ns);
 		} else {
 			n = 0;
@@ -311,10 +262,7 @@ int ks_wait(struct ks_machine *m, int64_t timeout)
 		now = ks_ticks();
 	}
 out:
-	now = ks_ticks();
-	spin_ended(m, spin, now - start, slept ? now - slept : 0);
-	now -= start;
-	m->gap += (int64_t)(now - m->gap) / 8;
+	ks_spin_learn(&m->spin, ks_ticks() - start);
 	return found(v);
 }
 

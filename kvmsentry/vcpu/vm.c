@@ -316,9 +316,7 @@ int ks_machine_new(int kvm, int ring0, uint64_t xcr0, void *mem, struct ks_machi
 	rc = ioctl(m->service->fd, KVM_GET_TSC_KHZ, 0);
 	m->tsc_khz = rc > 0 ? rc : 1000000;
 	m->shared->spins = 20000;
-	m->gap = (u64)1 << 40;
-	m->credit = 16;
-	m->trial_gap = 8;
+	ks_spin_init(&m->spin, m->tsc_khz / 1000);
 	return 0;
 }
 
@@ -380,8 +378,8 @@ static int serve(struct ks_machine *m, u64 rip, u64 rdi, u64 rsi, u64 rcx, u64 c
 	}
 }
 
-/* `tables`: GPAs of page-table pages, replaced by their linear addresses. */
-int ks_touch(struct ks_machine *m, uint64_t cr3, uint64_t *tables, int n)
+/* `places`: GPAs in page-table pages, see s_touch. */
+int ks_touch(struct ks_machine *m, uint64_t cr3, const uint64_t *places, int n)
 {
 	u64 *list = (u64 *)(m->mem + KS_GPA_SERVICE);
 
@@ -389,7 +387,7 @@ int ks_touch(struct ks_machine *m, uint64_t cr3, uint64_t *tables, int n)
 		int some = n - done < 512 ? n - done : 512, rc;
 
 		for (int i = 0; i < some; i++)
-			list[i] = KS_LINEAR_BASE + tables[done + i];
+			list[i] = KS_LINEAR_BASE + places[done + i];
 		rc = serve(m, STUB_s_touch, 0, KS_STUB_BASE + KS_GPA_SERVICE, some, cr3);
 		if (rc)
 			return rc;
@@ -412,7 +410,7 @@ int ks_epoll_fd(struct ks_machine *m) { return m->epoll; }
 
 uint64_t ks_counter(struct ks_machine *m, int which)
 {
-	u64 c[] = { m->count_events, m->count_sleeps, m->count_spins, m->count_doorbells, m->nvcpus, m->gap, m->tsc_khz };
+	u64 c[] = { m->count_events, m->count_sleeps, m->count_spins, m->count_doorbells, m->nvcpus, m->spin.gap, m->tsc_khz };
 
 	return c[which];
 }

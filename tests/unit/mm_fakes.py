@@ -85,9 +85,9 @@ class FakePlatform:
     def kernel_pml4_entries(self) -> dict[int, int]:
         return self.kernel
 
-    def invalidate(self, mmu, tables: list[int]) -> None:
-        assert mmu.cr3 and tables and len(set(tables)) == len(tables)
-        self.calls.append(tables)
+    def invalidate(self, mmu, places: list[int]) -> None:
+        assert mmu.cr3 and places and len(set(places)) == len(places)
+        self.calls.append(places)
 
 
 class FakeFile:

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from mm_fakes import HUGE, PAGE, FakeFile, World
 
 from kvmsentry.errors import Errno
-from kvmsentry.mm.pagetables import NX, PS, P, W
+from kvmsentry.mm.pagetables import NX, PS, WHOLE, P, W
 from kvmsentry.mm.space import AddressSpace
 from kvmsentry.mm.vma import MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, MREMAP_FIXED, MREMAP_MAYMOVE
 
@@ -42,14 +42,15 @@ class Processor:
 
     def __init__(self, world: World, space: AddressSpace) -> None:
         self.world, self.space = world, space
-        self.cache: dict[int, tuple[int, list[int]]] = {}  # page -> (entry, the tables it was found through)
+        self.cache: dict[int, tuple[int, list[int]]] = {}  # page -> (entry, the places it was found through)
 
     def walk(self, va: int) -> tuple[int, list[int]]:
         table = self.space.mmu.cr3
         through = []
         for shift in (39, 30, 21, 12):
-            through.append(table)
-            entry = self.world.memory.words[(table >> 3) + (va >> shift & 511)]
+            slot = (table >> 3) + (va >> shift & 511)
+            through += [slot << 3, table + WHOLE]
+            entry = self.world.memory.words[slot]
             if not entry & P:
                 return 0, []
             if shift == 12:
@@ -91,8 +92,8 @@ class Machine(RuleBasedStateMachine):
         self.start = self.world.census()
         self.serial = 0
 
-    def invalidate(self, mmu: Any, tables: list[int]) -> None:
-        gone = set(tables)
+    def invalidate(self, mmu: Any, places: list[int]) -> None:
+        gone = set(places)
         for space, _pages, processor in self.spaces:
             if space.mmu is mmu:
                 processor.cache = {va: have for va, have in processor.cache.items() if gone.isdisjoint(have[1])}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from mm_fakes import HUGE, PAGE, World
 
-from kvmsentry.mm.pagetables import NX, PS, A, D, P, PageTables, U, W, runs_of
+from kvmsentry.mm.pagetables import NX, PS, WHOLE, A, D, P, PageTables, U, W, runs_of
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_runs_across_tables_and_huge_entries(world: World) -> None:
     assert walk(world, mmu, va - PAGE) == 0
 
 
-def test_removals_are_recorded_by_table_and_flushed_once(world: World) -> None:
+def test_removals_are_recorded_by_place_and_flushed_once(world: World) -> None:
     mmu = world.mmu()
     mmu.map(0x10000, 0x100000, 4 * PAGE, 3)
     mmu.map(8 * HUGE, 4 * HUGE, HUGE, 3)
@@ -73,9 +73,25 @@ def test_removals_are_recorded_by_table_and_flushed_once(world: World) -> None:
     pd = pml4[pdpt >> 3] & ~0xFFF
     pt = pml4[pd >> 3] & ~0xFFF
     mmu.flush()
-    assert [sorted(call) for call in world.platform.calls] == [sorted([pd, pt])]
+    assert [sorted(call) for call in world.platform.calls] == [sorted([pd + 8 * 8, pt + 0x11 * 8, pt + 0x12 * 8])]
     mmu.flush()
     assert len(world.platform.calls) == 1
+
+
+def test_many_removals_in_one_table_name_it_as_a_whole(world: World) -> None:
+    mmu = world.mmu()
+    mmu.map(0x10000, 0x100000, 64 * PAGE, 3)
+    pt = mmu._pts[0] << 3
+    mmu.unmap(0x10000, 40 * PAGE)
+    mmu.flush()
+    for page in range(40, 62, 2):
+        mmu.unmap(0x10000 + page * PAGE, PAGE)
+        mmu.protect(0x11000 + page * PAGE, PAGE, 1)
+    mmu.flush()
+    mmu.map(0x10000, 0x100000, PAGE, 0)
+    mmu.unmap(0x10000, PAGE)
+    assert not mmu.pending, "PROT_NONE was never seen by a processor"
+    assert world.platform.calls == [[pt + WHOLE], [pt + WHOLE]]
 
 
 def test_widening_is_not_recorded_narrowing_is(world: World) -> None:
@@ -103,7 +119,7 @@ def test_splitting_a_huge_entry(world: World) -> None:
     pdpt = world.memory.words[mmu.cr3 >> 3] & ~0xFFF
     pd = world.memory.words[pdpt >> 3] & ~0xFFF
     mmu.flush()
-    assert pd in world.platform.calls[0], "the 2 MiB entry was in the directory"
+    assert pd + 2 * 8 in world.platform.calls[0], "the 2 MiB entry was in the directory"
 
 
 def test_huge_entry_over_an_old_table(world: World) -> None:
@@ -125,7 +141,7 @@ def test_a_table_page_is_touched_before_it_is_a_table_again(world: World) -> Non
         mmu = world.mmu()
         mmu.map(0x10000, 0x100000, PAGE, 3)
         for call in world.platform.calls[seen:]:
-            untouched -= set(call)
+            untouched -= {place - WHOLE for place in call}
         seen = len(world.platform.calls)
         used = {mmu.cr3} | {at << 3 for books in (mmu._pts, mmu._pds, mmu._pdpts) for at in books.values()}
         assert not used & untouched

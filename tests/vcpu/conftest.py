@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmsentry.mm.pagetables import WHOLE
 from kvmsentry.vcpu import layout
 from kvmsentry.vcpu.layout import RIP, RSP
 from kvmsentry.vcpu.machine import Context, Machine
@@ -53,7 +54,7 @@ class Frames:
 
 
 class TestMmu:
-    """Four-level tables, written plainly; every change that takes something away is listed for invalidate()."""
+    """Four-level tables, written plainly; every entry that is taken away is listed for invalidate()."""
 
     __test__ = False
 
@@ -64,30 +65,32 @@ class TestMmu:
         for index, entry in machine.kernel_pml4_entries().items():
             self.words[(self.cr3 >> 3) + index] = entry
 
-    def entry(self, va: int) -> tuple[int, int]:
+    def entry(self, va: int) -> int:
         table = self.cr3
         for shift in (39, 30, 21):
             at = (table >> 3) + (va >> shift & 511)
             if not self.words[at] & 1:
                 self.words[at] = self.frames.take() | 0x67
             table = self.words[at] & 0x000FFFFFFFFFF000
-        return (table >> 3) + (va >> 12 & 511), table
+        return (table >> 3) + (va >> 12 & 511)
 
     def map(self, va: int, gpa: int, length: int, prot: int) -> None:
         for offset in range(0, length, 4096):
-            at, table = self.entry(va + offset)
+            at = self.entry(va + offset)
             if self.words[at] & 1:
-                self.narrowed.append(table)
+                self.narrowed.append(at << 3)
             self.words[at] = gpa + offset | 0x65 | (prot & WRITE) | (0 if prot & EXEC else 1 << 63)
 
     def unmap(self, va: int, length: int) -> None:
         for offset in range(0, length, 4096):
-            at, table = self.entry(va + offset)
+            at = self.entry(va + offset)
             self.words[at] = 0
-            self.narrowed.append(table)
+            self.narrowed.append(at << 3)
 
-    def flush(self) -> None:
-        self.machine.invalidate(self, list(dict.fromkeys(self.narrowed)))
+    def flush(self, whole: bool = False) -> None:
+        """Names the entries, or with `whole` the tables they are in."""
+        places = [(at & -4096) + WHOLE if whole else at for at in self.narrowed]
+        self.machine.invalidate(self, list(dict.fromkeys(places)))
         self.narrowed.clear()
 
 
