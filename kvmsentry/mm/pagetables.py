@@ -138,7 +138,8 @@ class PageTables:
     """The Mmu of the KVM platform: one address space's tables.
 
     `platform` gives `kernel_pml4_entries() -> {index: entry}` for the part that all address spaces share, and
-    `invalidate(mmu, places)`: GPAs of entries, or of tables plus WHOLE. Addresses and lengths in bytes, page aligned; `prot` in PROT_ bits.
+    `invalidate(mmu, places)`: GPAs of entries, or of tables plus WHOLE. Addresses and lengths in bytes, page aligned;
+    `prot` in PROT_ bits.
     """
 
     def __init__(self, platform: Any, frames: Any) -> None:

@@ -326,8 +326,8 @@ class Machine(HostSide):
     # Page tables.
 
     def invalidate(self, mmu: Any, places: list[int]) -> None:
-        """Makes removed and narrowed entries hold on every vCPU before it returns. `places`: GPAs of such entries in the
-        tables of mmu, or of whole page-table pages plus 4 (mm.pagetables.WHOLE), for many entries or before reuse."""
+        """Makes removed and narrowed entries hold on every vCPU before it returns. `places`: GPAs of such entries in
+        the tables of mmu, or of whole tables plus 4 (mm.pagetables.WHOLE), for many entries or before reuse."""
         if self.nested:
             rc = lib.ks_flush_tlbs(self._m)
         elif places:
