@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 PAGE = 4096
 CHUNK = 64 << 20  # a larger file is mapped in pieces of this
 IDLE_MAPS = 1024  # mapped files kept though no VMA uses them
+WARM_AT_ONCE = 256 << 10  # so much of a file is warmed when it is first mapped, more of it when it is mapped again
+WARM_MAX = 32 << 20  # bytes that may be warm at a time: they are copies
 
 
 def refused(error: OSError) -> Errno:
@@ -46,6 +48,7 @@ class Windows:
     def __init__(self, memory: Any) -> None:
         self.memory = memory
         self.idle: OrderedDict[FileMap, None] = OrderedDict()
+        self.warm = 0  # bytes, see FileMap.warm
 
     def rest(self, file_map: FileMap) -> None:
         """No VMA uses `file_map` any more: keep what it shows for the next program, up to a limit."""
@@ -72,6 +75,7 @@ class FileMap:
         self.windows: dict[tuple[int, bool], Window] = {}  # by (chunk number, writable)
         self.stale: list[Window] = []  # replaced by longer ones, but perhaps still mapped
         self.holds = 0
+        self.uses: dict[tuple[int, int], int] = {}  # of ranges (offset, length): how often mapped; -1: warm
         self.file: weakref.ref[GoferBacking] | None = None
         self.handle: HostFd | None = None
 
@@ -118,6 +122,26 @@ class FileMap:
         window = self.windows[(chunk, writable)] = Window(gpa, start, length, writable)
         return window
 
+    def warm(self, offset: int, length: int) -> None:
+        """A program maps [offset, offset + length) to read or run it. What programs map again and again is copied once,
+        because the host maps its own pages for a guest more cheaply than a file's (GuestMemory.warm)."""
+        sb = self.inode.sb
+        key = (offset, length)
+        uses = self.uses.get(key, 0)
+        if uses < 0 or not sb.private:
+            return
+        self.uses[key] = uses + 1
+        if length > WARM_AT_ONCE and not uses:
+            return
+        length = min(length, -(-self.inode.size // PAGE) * PAGE - offset)
+        window = self.windows.get((offset // CHUNK, False))
+        if length <= 0 or window is None or offset + length > window.offset + window.length:
+            return
+        windows = sb.windows
+        if windows.warm + length <= WARM_MAX and windows.memory.warm(window.gpa + offset - window.offset, length):
+            windows.warm += length
+            self.uses[key] = -1
+
     def hold(self) -> None:
         """A VMA began to use it."""
         self.holds += 1
@@ -140,6 +164,8 @@ class FileMap:
             unmap_file(window.gpa, window.length)
         self.windows.clear()
         self.stale.clear()
+        self.inode.sb.windows.warm -= sum(length for (_, length), uses in self.uses.items() if uses < 0)
+        self.uses.clear()
 
     def shrink(self, size: int) -> None:
         """The file was truncated by the application: pages beyond the end are SIGBUS from now on."""
@@ -162,6 +188,10 @@ class GoferBacking:
     def map_pages(self, offset: int, length: int, writable_shared: bool) -> list[tuple[int, int]]:
         """Windows of the file."""
         return self.map.pages(offset, length, writable_shared)
+
+    def warm(self, offset: int, length: int) -> None:
+        """A program maps this part to read or run it."""
+        self.map.warm(offset, length)
 
     def hold(self) -> None:
         """A VMA began to use it."""

@@ -172,6 +172,7 @@ class Pages:
         shared = vma.flags & VM_SHARED
         write = bool(shared and vma.prot & PROT_WRITE)
         flags = FLAGS[vma.prot & 7 if shared else vma.prot & 7 & ~PROT_WRITE]
+        first = va
         for gpa, length in vma.backing.map_pages(vma.offset + va - vma.start, end - va, write):
             length = min(length + PAGE - 1 & -PAGE, end - va)
             if length <= 0:
@@ -179,6 +180,10 @@ class Pages:
             self.mmu.map_raw(va, gpa, length, flags)
             self.rss_pages += length >> 12
             va += length
+        if not shared:
+            warm = getattr(vma.backing, "warm", None)
+            if warm is not None:
+                warm(vma.offset + first - vma.start, va - first)
 
     def _copy_backing(self, vma: Vma, va: int, end: int) -> None:
         """Fills fresh [va, end) of a private writable mapping with copies; past the object's end nothing."""

@@ -50,8 +50,9 @@ def random_below(n: int) -> int:
 class Backing(Protocol):
     """What can be mapped: a file, shared memory. Implemented by fs (and by mm.shared for anonymous shared memory).
 
-    Optional methods, used where they exist: hold() and drop() (a VMA began or ended to use it), sync(offset, length)
-    for msync, punch(offset, length) for MADV_REMOVE; optional attribute `ident` (hashable) for futex keys.
+    Optional methods, used where they exist: hold() and drop() (a VMA began or ended to use it), warm(offset, length)
+    (this part was filled in to be read or run), sync(offset, length) for msync, punch(offset, length) for MADV_REMOVE;
+    optional attribute `ident` (hashable) for futex keys.
     """
 
     dev: int

@@ -75,6 +75,10 @@ class GuestMemory(vcpu_memory.GuestMemory):
         self._windows.insert(at, FileWindow(gpa, gpa + (length + PAGE - 1 & -PAGE), own, offset))
         return gpa
 
+    def warm(self, gpa: int, length: int) -> bool:
+        """Nothing to gain: stubs map the files themselves."""
+        return False
+
     def unmap_file(self, gpa: int, length: int) -> None:
         """Takes a map_file() range, or the first or last part of it, away."""
         end = gpa + (length + PAGE - 1 & -PAGE)

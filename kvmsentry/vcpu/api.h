@@ -77,6 +77,7 @@ void *ks_reserve(uint64_t length);
 void ks_unreserve(void *base, uint64_t length);
 int ks_map_ram(void *at, uint64_t length, int huge);
 int ks_map_file(void *at, uint64_t length, int fd, uint64_t offset, int writable);
+int ks_warm(void *at, uint64_t length);
 int ks_unmap(void *at, uint64_t length);
 int ks_give_back(void *at, uint64_t length);
 void ks_zero(void *at, uint64_t length);

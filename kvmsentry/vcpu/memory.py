@@ -122,7 +122,7 @@ class GuestMemory:
         return gpa, length
 
     def map_file(self, fd: int, offset: int, length: int, writable: bool) -> int:
-        """MAP_SHARED of fd's bytes offset..offset+length; returns the GPA, congruent to offset modulo 2 MiB when length
+        """A window on fd's bytes offset..offset+length; returns the GPA, congruent to offset modulo 2 MiB when length
         is 2 MiB or more. Errno as mmap(2) gives it (ENODEV, EACCES, ...); ENOMEM when windows or slots are used up."""
         length = (length + PAGE - 1) & ~(PAGE - 1)
         if offset % PAGE or length <= 0:
@@ -147,6 +147,11 @@ class GuestMemory:
             self._files.add(gpa, length)
             raise Errno(-rc)
         return gpa
+
+    def warm(self, gpa: int, length: int) -> bool:
+        """Makes pages of a window that is not writable cheap to fault on: copies of ours that KVM maps eight at a time.
+        False when the host would not (a kernel before 5.14, no memory): nothing is lost then."""
+        return lib.ks_warm(self._base + gpa, length) == 0
 
     def unmap_file(self, gpa: int, length: int) -> None:
         """Takes a map_file() range, or part of it, away: the GPA is inaccessible until it is used again."""

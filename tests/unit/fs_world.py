@@ -30,11 +30,16 @@ class FsMemory(FakeMemory):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.mapped: list[tuple[int, int]] = []
+        self.warmed: list[tuple[int, int]] = []
 
     def map_file(self, fd: int, offset: int, length: int, writable: bool) -> int:
         gpa = self.map_bytes(os.pread(fd, length, offset).ljust(length, b"\0"), offset)
         self.mapped.append((gpa, length))
         return gpa
+
+    def warm(self, gpa: int, length: int) -> bool:
+        self.warmed.append((gpa, length))
+        return True
 
     def unmap_file(self, gpa: int, length: int) -> None:
         self.mapped.remove((gpa, length))

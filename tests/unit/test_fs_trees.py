@@ -103,6 +103,32 @@ def test_mapping_is_shared_and_kept(world, image, monkeypatch):
     assert world.memory.mapped == []
 
 
+def test_what_is_mapped_again_is_warmed_once(world, image, monkeypatch):
+    (image / "large").write_bytes(b"L" * (filemap.WARM_AT_ONCE + 3 * PAGE))
+    task = world.task(world.overlay(str(image)))
+    large = task.files.get(task.open(b"/large")).backing()
+    small = task.files.get(task.open(b"/etc/conf")).backing()
+    warmed = world.memory.warmed
+    for _ in range(3):
+        at = task.mm.mmap(0, 3 * PAGE, 5, 2, small, 0)
+        task.mm.munmap(at, 3 * PAGE)
+    assert [length for _, length in warmed] == [3 * PAGE], "small parts at once, and once only"
+    size = filemap.WARM_AT_ONCE + 2 * PAGE
+    for uses in range(3):
+        task.mm.munmap(task.mm.mmap(0, size, 5, 2, large, 0), size)
+        assert len(warmed) == (2 if uses else 1), "large parts when they are mapped again"
+    task.mm.munmap(task.mm.mmap(0, size, 3, 2, large, 0), size)
+    task.mm.munmap(task.mm.mmap(0, PAGE, 1, 1, large, 0), PAGE)
+    assert len(warmed) == 2, "neither what is copied anyway nor what is shared"
+    windows = large.map.inode.sb.windows
+    assert windows.warm == size + 3 * PAGE
+    monkeypatch.setattr(filemap, "WARM_MAX", windows.warm)
+    task.mm.munmap(task.mm.mmap(0, PAGE, 5, 2, large, 0), PAGE)
+    assert len(warmed) == 2, "up to a limit"
+    large.map.unmap()
+    assert windows.warm == 3 * PAGE
+
+
 def test_map_beyond_the_end(world, image):
     task = world.task(world.overlay(str(image)))
     backing = task.files.get(task.open(b"/etc/other")).backing()
