@@ -18,11 +18,13 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs.filemap import FileMap, refused, windows_of
 from kvmsentry.fs.vfs import O_ACCMODE, O_APPEND, File, Inode, Path, SuperBlock
+from kvmsentry.gofer.p9 import WALK_MOST
 
 if TYPE_CHECKING:
     from kvmsentry.gofer.client import Node
@@ -98,7 +100,7 @@ class GoferSuper(SuperBlock):
 class GoferInode(Inode):
     """A file of a tree. `node` is its fid, got when it is first needed; until then (parent, name) lead to it."""
 
-    __slots__ = ("node", "parent", "name", "listing", "lookups", "target", "reader", "writer", "map",
+    __slots__ = ("node", "parent", "name", "listing", "order", "at", "lookups", "target", "reader", "writer", "map",
                  "seen", "host_blocks", "xattrs")  # fmt: skip
 
     sb: GoferSuper
@@ -109,7 +111,8 @@ class GoferInode(Inode):
         self.sb, self.parent, self.name = sb, parent, name
         self.node: Node | None = None
         self.listing: dict[bytes, Any] | None = None  # name to Attr, or to GoferInode once it was looked up
-        self.lookups = 0
+        self.order: list[bytes] | None = None  # names in `listing`, for a walk, which has come to index `at`
+        self.lookups = self.at = 0
         self.target = b""
         self.reader: HostFd | None = None
         self.writer: weakref.ref[HostFd] | None = None
@@ -232,8 +235,8 @@ class GoferInode(Inode):
 
     def _read_ahead(self) -> list[tuple[bytes, Attr]] | None:
         """The entries of this directory, asked for by the parent's fid so that it needs none of its own; with them come
-        those of directories below, the more of them the longer somebody has been walking the tree: he goes on to those
-        next. None: it must be read by itself."""
+        those of directories below and behind, the more of them the longer somebody has been walking the tree: he goes
+        on to those next. None: it must be read by itself."""
         parent, sb = self.parent, self.sb
         if parent is None or parent.listing is None or parent.listing.get(self.name) is not self:
             return None
@@ -241,9 +244,10 @@ class GoferInode(Inode):
         sb.walked = sb.walked + 1 if now - sb.walked_at < WALK_PAUSE else 0
         sb.walked_at = now
         if sb.walked < 2:
-            found = parent.fid().tree(self.name, READ_AHEAD, 0)
+            found = parent.fid().tree([self.name], READ_AHEAD, 0)
         else:
-            found = parent.fid().tree(self.name, min(4096 << sb.walked, READ_AHEAD), 8)
+            names = [self.name, *parent.next_directories(self.name)]
+            found = parent.fid().tree(names, min(4096 << sb.walked, READ_AHEAD), 8)
         if found is None:
             return None
         for path, entries in found[1:]:
@@ -262,6 +266,33 @@ class GoferInode(Inode):
                 if len(entries) <= LISTING_LIMIT and inode.mode & 0o170000 == st.S_IFDIR:
                     inode.listing = dict(entries)
         return found[0][1]
+
+    def next_directories(self, name: bytes) -> list[bytes]:
+        """Up to WALK_MOST - 1 directories behind `name` in the listing that have none of their own yet: a walk comes to
+        them next."""
+        names: list[bytes] = []
+        listing = self.listing
+        if listing is None:
+            return names
+        order = self.order
+        if order is None:
+            order = self.order = list(listing)
+            self.at = 0
+        try:
+            at = self.at = order.index(name, self.at)  # a walk goes on from where it was
+        except ValueError:
+            return names
+        for other in islice(order, at + 1, None):
+            entry = listing[other]
+            if entry.__class__ is GoferInode:
+                wanted = entry.listing is None and entry.lookups >= 0 and entry.mode & 0o170000 == st.S_IFDIR
+            else:
+                wanted = entry[2] & 0o170000 == st.S_IFDIR
+            if wanted:
+                names.append(other)
+                if len(names) == WALK_MOST - 1:
+                    break
+        return names
 
     def lookup(self, name: bytes) -> Inode:
         """The child; ENOENT, ENOTDIR."""
@@ -310,7 +341,7 @@ class GoferInode(Inode):
 
     def _changed(self) -> None:
         """An entry was made or removed: what is kept of this directory is no longer true."""
-        self.listing = None
+        self.listing = self.order = None
         self.lookups = 0
         self.seen = 1  # very old
         if self.sb.private:

@@ -466,14 +466,17 @@ class Node:
             raise self.client._lost("a directory entry was cut short") from None
         return entries
 
-    def tree(self, name: bytes, count: int, depth: int) -> list[tuple[bytes, list[tuple[bytes, Attr]] | None]] | None:
-        """[(path from here, entries)] of the child directory `name`, first, and of directories up to `depth` levels
-        below it, as far as `count` bytes go, in one round trip. Entries None: it cannot be had this way (an error, too
-        large; read it by itself). None altogether: the peer does not know how."""
+    def tree(
+        self, names: list[bytes], count: int, depth: int
+    ) -> list[tuple[bytes, list[tuple[bytes, Attr]] | None]] | None:
+        """[(path from here, entries)] of the child directories `names` (at most WALK_MOST), and of directories up to
+        `depth` levels below each, as far as `count` bytes go, in one round trip; names[0] is there in any case. Entries
+        None: it cannot be had this way (an error, too large; read it by itself). None altogether: the peer does not
+        know how."""
         client = self.client
         if not client.extended:
             return None
-        (data,) = client._call(p9.T.tree, p9.R.tree, self.fid, min(count, client.msize - 32), depth, name)
+        (data,) = client._call(p9.T.tree, p9.R.tree, self.fid, min(count, client.msize - 32), depth, names)
         found: list[tuple[bytes, list[tuple[bytes, Attr]] | None]] = []
         at, end = 0, len(data)
         while at < end:
@@ -487,7 +490,7 @@ class Node:
             at += path_length
             found.append((path, self._entries(data, at, at + length) if not problem else None))
             at += length
-        if not found or found[0][0] != name:
+        if not found or found[0][0] != names[0]:
             raise client._lost("listings that nobody asked for")
         return found
 

@@ -9,12 +9,14 @@ import os
 import stat
 import struct
 import sys
-from collections.abc import Iterable, Iterator
-from errno import EBADF, EBUSY, EINVAL, EIO, ENOENT, ENOTDIR, EOVERFLOW, EPERM, EROFS, ESTALE, EXDEV
+from collections.abc import Iterator
+from errno import EBADF, EBUSY, EINVAL, EIO, ENFILE, ENOENT, ENOTDIR, EOVERFLOW, EPERM, EROFS, ESTALE, EXDEV
+from itertools import islice
 from typing import Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.gofer import hostcalls, p9
+from kvmsentry.gofer._listing import ffi, lib
 from kvmsentry.gofer.nodes import Node, check_name, chmod
 from kvmsentry.gofer.session import Open, Session, status_fields
 
@@ -176,41 +178,48 @@ class NameMessages(Session):
             "<QI", opened.cookie if full else 0, len(data)
         ) + data  # fmt: skip
 
-    def _pack_entries(self, entries: Iterable[os.DirEntry[str]], room: int) -> tuple[list[bytes], list[bytes]] | None:
-        """(all entries with their attributes, packed; names of the directories among them); None when they take more
-        than `room` bytes."""
-        parts: list[bytes] = []
-        directories: list[bytes] = []
-        put, devices, fields = p9.ENTRY.pack, self.devices, status_fields
-        for found in entries:
-            name = found.name.encode(_FS_ENCODING, "surrogateescape")
-            try:
-                status = found.stat(follow_symlinks=False)
-                dev = devices.get(status.st_dev)
-                if dev is None:
-                    dev = devices[status.st_dev] = len(devices)
-                entry = put(dev, *fields(status), len(name)) + name
-            except struct.error:
-                entry = self._attr(status) + struct.pack("<H", len(name)) + name
-            except OSError:
-                continue  # removed since it was listed
-            if status.st_mode & 0o170000 == 0o040000:
-                directories.append(name)
-            room -= len(entry)
-            if room < 0:
+    def _list(self, fd: int, room: int) -> tuple[bytes, list[bytes]] | None:
+        """(all entries of an open directory with their attributes, packed; names of the directories among them); None
+        when they take more than `room` bytes. OSError."""
+        devices, known = self.devices, self.known
+        if known is None:
+            known = self.known = ffi.new("struct kg_devices *")
+            self.listed = ffi.new("uint8_t[]", self.msize), ffi.new("uint32_t[]", self.msize // lib.KG_ENTRY)
+        if len(devices) > lib.KG_DEVICES:
+            return None
+        for dev in islice(devices, known.count, None):
+            known.dev[known.count] = dev
+            known.count += 1
+        out, offsets = self.listed
+        found = ffi.new("uint32_t *")
+        n = lib.kg_list(fd, out, min(room, len(out)), known, offsets, len(offsets), found)
+        for index in range(len(devices), known.count):
+            devices[known.dev[index]] = index
+        if n < 0:
+            if n in (-EOVERFLOW, -ENFILE):
                 return None
-            parts.append(entry)
-        return parts, directories
+            raise OSError(-n, os.strerror(-n))
+        data = ffi.buffer(out, n)[:]
+        directories: list[bytes] = []
+        for at in ffi.unpack(offsets, found[0]) if found[0] else ():
+            name = at + lib.KG_ENTRY
+            directories.append(data[name : name + (data[name - 2] | data[name - 1] << 8)])
+        return data, directories
 
-    def t_tree(self, tag: int, fid: int, count: int, depth: int, name: bytes) -> bytes:
+    def t_tree(self, tag: int, fid: int, count: int, depth: int, names: list[bytes]) -> bytes:
         """Directories are opened one name at a time beneath `fid`, without following links, read and closed."""
         node = self._node(fid)
         if node.kind != stat.S_IFDIR:
             raise Errno(ENOTDIR)
-        check_name(name)
+        for name in names:
+            check_name(name)
         listings: list[bytes] = []
         room = min(count, self.msize - 32)
-        self._tree(self.nodes.directory(node), name, name, min(depth, TREE_DEPTH), room, listings)
+        directory = self.nodes.directory(node)
+        for name in names:
+            room = self._tree(directory, name, name, min(depth, TREE_DEPTH), room, listings)
+            if room < 0:
+                break
         return p9.R.tree.encode(tag, b"".join(listings))
 
     def _tree(self, directory: int, name: bytes, path: bytes, depth: int, room: int, listings: list[bytes]) -> int:
@@ -225,14 +234,12 @@ class NameMessages(Session):
                 listings += (_LISTING.pack(problem.errno or EIO, 0, len(path)), path)
             return room
         try:
-            with os.scandir(fd) as scan:
-                packed = self._pack_entries(scan, room)
+            packed = self._list(fd, room)
             if packed is None:
                 if not listings:
                     listings += (_LISTING.pack(EOVERFLOW, 0, len(path)), path)
                 return -1
-            parts, directories = packed
-            data = b"".join(parts)
+            data, directories = packed
             listings += (_LISTING.pack(0, len(data), len(path)), path, data)
             room -= len(data)
             if depth:
@@ -240,6 +247,10 @@ class NameMessages(Session):
                     room = self._tree(fd, below, path + b"/" + below, depth - 1, room, listings)
                     if room < 0:
                         break
+            return room
+        except OSError as problem:
+            if not listings:
+                listings += (_LISTING.pack(problem.errno or EIO, 0, len(path)), path)
             return room
         finally:
             os.close(fd)

@@ -331,10 +331,10 @@ _ROWS = [
     (218, "xattrget", "fid:4 name:s", "data:d"),  # name empty: the list, each ended by NUL
     (220, "xattrset", "fid:4 flags:4 name:s data:d", ""),
     (222, "linkattr", "dfid:4 fid:4 name:s", "attr:a"),
-    # The whole of directory `name` in `fid` and, as far as `count` bytes go, of the `depth` levels of directories below
-    # it, depth first: for each errno[4] length[4] path[s] (from fid) and entries as in readdirattr. One that is too
-    # large says EOVERFLOW and is read with readdirattr.
-    (224, "tree", "fid:4 count:4 depth:4 name:s", "data:d"),
+    # The whole of the directories `names` in `fid` and, as far as `count` bytes go, of `depth` levels of directories
+    # below each, depth first: for each errno[4] length[4] path[s] (from fid) and entries as in readdirattr. One that is
+    # too large says EOVERFLOW and is read with readdirattr.
+    (224, "tree", "fid:4 count:4 depth:4 names:S", "data:d"),
 ]  # fmt: skip
 
 LERROR = Message(7, "Rlerror", "ecode:4")

@@ -67,6 +67,8 @@ class Session:
         self.fids: dict[int, Node] = {}
         self.opens: dict[int, Open] = {}
         self.devices: dict[int, int] = {}  # host st_dev -> index shown to the peer
+        self.known: Any = None  # the same for listing.c, and its buffers, once they are needed
+        self.listed: tuple[Any, Any]
         self.give: int = -1  # descriptor to send along with the reply
         # May we give files away? In a user namespace that maps one user (owns=False) the capability does not say it.
         self.owns = owns and bool(hostcalls.effective_capabilities() & 1 << hostcalls.CAP_CHOWN)

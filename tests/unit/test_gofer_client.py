@@ -66,7 +66,7 @@ def _root(client: Client) -> Node:
 
 _CALLS: list[Callable[[Node], object]] = [
     lambda n: n.lookup(b"a"), lambda n: n.walk([b"a", b"b"]), lambda n: n.getattr(), lambda n: n.readlink(),
-    lambda n: n.tree(b"a", 4096, 2) if n.client.extended else n.readlink(),
+    lambda n: n.tree([b"a"], 4096, 2) if n.client.extended else n.readlink(),
     lambda n: n.setattr(mode=1), lambda n: n.statfs(), lambda n: n.readdir_attrs(), lambda n: n.open(0),
     lambda n: n.open_child(b"a", 0), lambda n: n.create(b"a", 2, 0o644), lambda n: n.read(0, 10),
     lambda n: n.write(0, b"abc"), lambda n: n.fsync(), lambda n: n.mkdir(b"a", 0o755), lambda n: n.symlink(b"a", b"b"),
@@ -166,7 +166,7 @@ def _listing(path: bytes, entries: bytes, problem: int = 0, length: int | None =
 def test_trees_that_lie(data: bytes) -> None:
     with served_by(_saying(p9.R.tree.encode(1, data))) as client:
         with pytest.raises(HostError, match="the gofer is gone"):
-            _root(client).tree(b"d", 1 << 16, 8)
+            _root(client).tree([b"d"], 1 << 16, 8)
 
 
 def test_walks_that_find_what_was_not_asked_for() -> None:

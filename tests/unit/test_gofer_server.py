@@ -179,24 +179,33 @@ def test_a_tree_comes_in_one_reply(tree: Path, connect: Connect) -> None:
     (tree / "dir" / "out").symlink_to("../../outside")
     root = connect(tree)
     if not root.client.extended:
-        assert root.tree(b"dir", 1 << 20, 8) is None
+        assert root.tree([b"dir"], 1 << 20, 8) is None
         return
-    found = root.tree(b"dir", 1 << 20, 8)
+    found = root.tree([b"dir"], 1 << 20, 8)
     assert found is not None and found[0][0] == b"dir"
     shown = {path: {name: attr.ino for name, attr in entries or ()} for path, entries in found}
     for path, names in shown.items():  # depth first, and each as the host has it; nothing through the link
         assert names == {os.fsencode(e.name): e.inode() for e in os.scandir(tree / os.fsdecode(path))}
     assert set(shown) == {b"dir", b"dir/deep", b"dir/b", b"dir/b/c", b"dir/empty"}
-    level = root.tree(b"dir", 1 << 20, 0)
+    below = root.lookup(b"dir")
+    assert below is not None and sorted(found[0][1] or ()) == sorted(below.readdir_attrs()), "listing.c, and Python"
+    level = root.tree([b"dir"], 1 << 20, 0)
     assert level is not None and [path for path, _ in level] == [b"dir"]
-    little = root.tree(b"dir", 500, 8)
+    (tree / "second").mkdir()
+    (tree / "second" / "x").write_text("")
+    both = root.tree([b"dir", b"missing", b"second"], 1 << 20, 0)
+    assert both is not None and [path for path, _ in both] == [b"dir", b"second"]
+    assert [name for name, _ in both[1][1] or ()] == [b"x"]
+    with pytest.raises(Errno):
+        root.tree([b"dir", b".."], 1 << 20, 0)
+    little = root.tree([b"dir"], 500, 8)
     assert little is not None and 1 <= len(little) < 5
-    assert root.tree(b"dir", 100, 8) == [(b"dir", None)]  # too large for the reply: to be read by itself
+    assert root.tree([b"dir"], 100, 8) == [(b"dir", None)]  # too large for the reply: to be read by itself
     for name in (b"file", b"up", b"absolute", b"missing", b"fifo"):
-        assert root.tree(name, 1 << 20, 8) == [(name, None)]
+        assert root.tree([name], 1 << 20, 8) == [(name, None)]
     for name in (b"..", b".", b"", b"dir/deep", b"/"):
         with pytest.raises(Errno):
-            root.tree(name, 1 << 20, 8)
+            root.tree([name], 1 << 20, 8)
 
 
 def test_a_directory_of_many_messages(tree: Path, connect: Connect) -> None:
