@@ -284,6 +284,8 @@ def _load(task: Task, opened: Opened, execfn: bytes, argv: Sequence[bytes], envp
     kernel = task.kernel
     user_top = getattr(kernel.platform, "user_top", USER_TOP)  # a platform may keep the end for itself
     program = elf.parse(opened.reader, user_top)
+    if task.ctx is not None:
+        task.ctx.park()  # it leaves the old address space while the new one is built: the switch need not wait
     creds, secure = new_credentials(task, opened.path, opened.inode)
     mm = AddressSpace(kernel.platform.mmu_factory, kernel.frames, user_top)
     loading = False

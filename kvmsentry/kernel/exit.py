@@ -56,18 +56,19 @@ def do_exit(task: Task, status: int) -> None:
     kernel, process = task.kernel, task.process
     if task.ctx is not None:
         cputime.account_exit(task)
+        task.ctx.park()  # it leaves the guest meanwhile: release() need not wait
     release_mm(task)
-    if task.ctx is not None:
-        task.ctx.release()
-        task.ctx.owner = None
-        task.ctx = None
     task.dead = True
     task.in_guest = False
-    drop_mm(task)
     files = task.files
     files.users -= 1
     if not files.users:
         files.close_all()
+    if task.ctx is not None:
+        task.ctx.release()
+        task.ctx.owner = None
+        task.ctx = None
+    drop_mm(task)
     task.fs.users -= 1
     task.sighand.users -= 1
     del process.threads[task.tid]

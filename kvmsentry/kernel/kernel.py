@@ -248,9 +248,7 @@ class Kernel:
             task.coro = None
             self.finish(task, self.refused(task, error))
             return
-        if sleep is None and not parked.woken:
-            task.ctx.park()
-        elif sleep is None:  # woken before it could park: the answer follows at once
+        if sleep is None:
             task.ctx.park()
         task.sleep = parked
 

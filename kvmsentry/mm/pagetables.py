@@ -35,7 +35,7 @@ FLAGS = tuple(
 )
 _ZERO_PAGE = bytes(PAGE)
 _TABLE_BATCH = 64  # freed tables that are touched by one invalidation
-_PLACES = 16  # more entries of one table than that are not named one by one
+_PLACES = 3  # more entries of one table than that are not named one by one: each may interrupt a processor
 WHOLE = 4  # added to a table's GPA: all of it, as a place to invalidate (see platform.invalidate)
 _TABLE_RUN = 16  # frames taken for tables at a time: tables lie together, away from 2 MiB runs
 
