@@ -179,11 +179,12 @@ class FileMap:
 class GoferBacking:
     """The Backing protocol of kvmsentry.mm for a host file."""
 
-    __slots__ = ("map", "dev", "ino", "label", "ident", "__weakref__")
+    __slots__ = ("map", "dev", "ino", "label", "ident", "stable", "__weakref__")
 
     def __init__(self, file_map: FileMap, dev: int, ino: int, label: bytes) -> None:
         self.map, self.dev, self.ino, self.label = file_map, dev, ino, label
         self.ident = (dev, ino)
+        self.stable = file_map.inode.sb.private  # nobody changes the file
 
     def map_pages(self, offset: int, length: int, writable_shared: bool) -> list[tuple[int, int]]:
         """Windows of the file."""

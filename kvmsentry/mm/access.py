@@ -21,6 +21,8 @@ from kvmsentry.mm.vma import VM_SHARED
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _CACHE_LIMIT = 65536
+_FILE_PAGES = 64  # pages of files that are kept
+_SMALL = 64 << 10  # buffers up to this are looked up page by page in what is remembered
 
 
 class UserAccess(Pages):
@@ -112,15 +114,22 @@ class UserAccess(Pages):
         if got != n:
             raise Errno(errno.EFAULT)
         if n and (va & 0xFFF) + n <= PAGE:
-            gpa = runs[0][0] & -PAGE
-            if self.frames.is_ram(gpa):
-                if len(self._rd) > _CACHE_LIMIT:
-                    self._rd.clear()
-                    self._wr.clear()
-                self._rd[va >> 12] = gpa
-                if write:
-                    self._wr[va >> 12] = gpa
+            self._remember(va >> 12, runs, write)
         return runs
+
+    def _remember(self, page: int, runs: list[tuple[int, int]], write: bool) -> None:
+        """The pages of `runs`, the first being `page`, may be accessed without a walk until _forget(); RAM only."""
+        rd, wr, is_ram = self._rd, self._wr, self.frames.is_ram
+        if len(rd) > _CACHE_LIMIT:
+            rd.clear()
+            wr.clear()
+        for gpa, length in runs:
+            for at in range(gpa & -PAGE, gpa + length, PAGE):
+                if is_ram(at):
+                    rd[page] = at
+                    if write:
+                        wr[page] = at
+                page += 1
 
     def read(self, va: int, n: int) -> bytes:
         """`n` bytes at `va`. Errno(EFAULT) when any cannot be read. The caller has bounded `n`."""
@@ -130,13 +139,30 @@ class UserAccess(Pages):
             if gpa is not None:
                 gpa += offset
                 return self._view[gpa : gpa + n].tobytes()
+            page = self._ro.get(va >> 12)
+            if page is not None:
+                return page[offset : offset + n]
         runs = self._walk_all(va, n, False)
         view, is_ram = self._view, self.frames.is_ram
+        if len(runs) == 1 and offset + n <= 4096 and not is_ram(runs[0][0]):
+            page = self._keep_page(va, runs[0][0])
+            return page[offset : offset + n]
         parts = [
             view[gpa : gpa + length] if is_ram(gpa) else self.memory.safe_read(gpa, length)
             for gpa, length in self._by_kind(runs)
         ]
         return b"".join(parts)
+
+    def _keep_page(self, va: int, gpa: int) -> bytes:
+        """The page of a file window around `va`, `gpa` being its address there; kept for the next time when nobody
+        changes the file: constants of programs are read again and again, and each safe_read() is a call to the host."""
+        page = self.memory.safe_read(gpa & -PAGE, PAGE)
+        vma = self.tree.find(va)
+        if vma is not None and not vma.flags & VM_SHARED and getattr(vma.backing, "stable", False):
+            if len(self._ro) >= _FILE_PAGES:
+                self._ro.clear()
+            self._ro[va >> 12] = page
+        return page
 
     def write(self, va: int, data: Any) -> None:
         """Stores `data` (bytes-like, contiguous) at `va`. Errno(EFAULT) when any byte cannot be stored; nothing is
@@ -271,20 +297,43 @@ class UserAccess(Pages):
         """
         offset = va & 0xFFF
         view = self._view
-        if offset + n <= 4096:
-            gpa = (self._wr if write else self._rd).get(va >> 12)
-            if gpa is not None:
-                gpa += offset
-                return [view[gpa : gpa + n]]
+        known = self._wr if write else self._rd
+        page = va >> 12
+        gpa = known.get(page)
+        if gpa is not None:
+            start = gpa + offset
+            if offset + n <= 4096:
+                return [view[start : start + n]]
+            if n <= _SMALL:
+                out = []
+                want = gpa + PAGE
+                end = va + n
+                for following in range(page + 1, end + 0xFFF >> 12):
+                    gpa = known.get(following)
+                    if gpa != want:
+                        if gpa is None:
+                            break
+                        out.append(view[start:want])
+                        start = want = gpa
+                    want += PAGE
+                else:
+                    out.append(view[start : want - (-end & 0xFFF)])
+                    return out
+        elif not write and offset + n <= 4096:
+            kept = self._ro.get(page)
+            if kept is not None:
+                return [memoryview(kept)[offset : offset + n]]
         if n == 0:
             return []
         runs, got = self._walk(va, n, write)
         if not got:
             raise Errno(errno.EFAULT)
-        if offset + n <= 4096:
-            self._walk_all(va, n, write)  # remembers the page
-        out: list[memoryview] = []
+        out = []
         ram_end = self.frames.ram_end
+        if got <= _SMALL:
+            self._remember(va >> 12, runs, write)
+            if not write and got == n and offset + n <= 4096 and runs[0][0] >= ram_end:
+                return [memoryview(self._keep_page(va, runs[0][0]))[offset : offset + n]]
         for gpa, length in self._by_kind(runs):
             if gpa < ram_end:
                 out.append(view[gpa : gpa + length])

@@ -70,6 +70,7 @@ class Pages:
         self._u32: memoryview = self._view.cast("I") if self._view.format == "B" else self._view.cast("B").cast("I")
         self._rd: dict[int, int] = {}  # va >> 12 -> GPA of a RAM page that may be read
         self._wr: dict[int, int] = {}  # the same, may be written
+        self._ro: dict[int, bytes] = {}  # va >> 12 -> the page, of a file that nobody changes
         self._pending: list[tuple[int, int]] = []  # frames to free after the next flush
         self._drops: list[Any] = []  # backings to drop after the next flush
         self._spurious = -1  # page of the last fault that found nothing wrong
@@ -91,6 +92,8 @@ class Pages:
         """Drops cached translations of [start, end)."""
         first, last = start >> 12, end + PAGE - 1 >> 12
         rd, wr = self._rd, self._wr
+        if self._ro:
+            self._ro.clear()
         if last - first > _CACHE_DROP:
             rd.clear()
             wr.clear()

@@ -74,6 +74,7 @@ class AddressSpace(Advice):
         self.rss_pages = self.total_pages = self.data_pages = self.locked_pages = 0
         self._rd.clear()
         self._wr.clear()
+        self._ro.clear()
 
     # -- fork
 

@@ -52,7 +52,7 @@ class Backing(Protocol):
 
     Optional methods, used where they exist: hold() and drop() (a VMA began or ended to use it), warm(offset, length)
     (this part was filled in to be read or run), sync(offset, length) for msync, punch(offset, length) for MADV_REMOVE;
-    optional attribute `ident` (hashable) for futex keys.
+    optional attributes `ident` (hashable) for futex keys, `stable` (true: the object's bytes never change).
     """
 
     dev: int
