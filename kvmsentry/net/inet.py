@@ -95,7 +95,7 @@ class InetSocket(HostSocket):
             raise refused(error) from None
         host = socket.socket(self.family, self.kind, self.protocol, fileno=fd)
         host.setblocking(False)
-        return InetSocket(task, host, self.family, self.kind, self.protocol)
+        return type(self)(task, host, self.family, self.kind, self.protocol)
 
     def connect(self, task: Task, name: bytes, again: bool) -> int:
         """connect(2). Asked again, the host tells how the first attempt went."""
@@ -185,4 +185,8 @@ def create(task: Task, family: int, kind: int, protocol: int, flags: int) -> Ine
     host.setblocking(False)
     if not protocol:
         protocol = IPPROTO_TCP if kind == abi.SOCK_STREAM else IPPROTO_UDP
+    if kind == abi.SOCK_STREAM:
+        from kvmsentry.net.loopback import TcpSocket
+
+        return TcpSocket(task, host, family, kind, protocol, flags)
     return InetSocket(task, host, family, kind, protocol, flags)

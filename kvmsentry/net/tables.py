@@ -25,6 +25,7 @@ class Stack:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.sockets: dict[Any, None] = {}  # internet sockets that are open
+        self.connecting: dict[Any, Any] = {}  # clients of this sandbox's own servers, until accept: see loopback.py
 
     def proc(self, name: str) -> str | None:
         """The text of /proc/net/`name`; None leaves it to the default."""
