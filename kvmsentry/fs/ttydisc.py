@@ -13,6 +13,7 @@ the hooks at the end of the class.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 
 # uapi/asm-generic/termbits.h
@@ -66,7 +67,7 @@ class Termios:
         return new
 
 
-class LineDiscipline:
+class LineDiscipline(ABC):
     """One terminal's modes, input buffer and columns. Positions count bytes since the terminal was made."""
 
     def __init__(self) -> None:
@@ -577,25 +578,25 @@ class LineDiscipline:
         self.lnext = self.erasing = False
 
     # -- hooks: the wires --------------------------------------------------------------------------------------------
+    @abstractmethod
     def emit(self, data: bytes) -> None:
         """Bytes for the other side; all must be kept, also beyond `write_room`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write_room(self) -> int:
         """How many bytes the other side can take; 0 holds writers back until `wake_writers`."""
-        raise NotImplementedError
 
-    def flush_output(self) -> None:
+    def flush_output(self) -> None:  # noqa: B027 - a hook that need not do anything
         """Throw away what the other side has not seen yet (TCOFLUSH)."""
 
-    def input_room(self) -> None:
+    def input_room(self) -> None:  # noqa: B027 - a hook that need not do anything
         """`backlog` has become shorter."""
 
-    def signal_foreground(self, signo: int) -> None:
+    def signal_foreground(self, signo: int) -> None:  # noqa: B027 - a hook that need not do anything
         """A key that means a signal was typed."""
 
-    def wake_readers(self) -> None:
+    def wake_readers(self) -> None:  # noqa: B027 - a hook that need not do anything
         """Something may be read now."""
 
-    def wake_writers(self) -> None:
+    def wake_writers(self) -> None:  # noqa: B027 - a hook that need not do anything
         """Something may be written now."""

@@ -12,24 +12,21 @@ descriptor.
 
 from __future__ import annotations
 
-import array
 import os
-import socket
 import stat
 import struct
 from collections.abc import Iterator
 from errno import EBADF, EEXIST, EINVAL, EIO, EISDIR, ELOOP, ENOENT, ENOTDIR, EOPNOTSUPP
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from kvmsentry.errors import Errno, HostError
+from kvmsentry.errors import Errno
 from kvmsentry.gofer import p9
-from kvmsentry.gofer.p9 import NOFID, NOID, Attr, Message
+from kvmsentry.gofer.connection import TAG, Connection
+from kvmsentry.gofer.p9 import NOFID, NOID, Attr
 
 NOW = -1  # setattr: a time of "now", by the server's clock
 
-_TAG = 1
 _CLUNKS_AT_ONCE = 512
-_unpack_head = struct.Struct("<IBH").unpack_from
 _unpack_entry = p9.ENTRY.unpack_from
 _unpack_attr = p9.ATTR.unpack_from
 _walk_head = struct.Struct("<IBHIHIH").pack  # a walkattr of one step up to the name
@@ -52,180 +49,8 @@ class StatFs(NamedTuple):
     namelen: int
 
 
-class Client:
-    """One connection. `sock`: a connected stream socket, owned from now on; descriptors pass only over AF_UNIX."""
-
-    def __init__(self, sock: socket.socket, msize: int = p9.MSIZE, extensions: bool = True) -> None:
-        self._sock = sock
-        self._buf = bytearray(msize)
-        self._view = memoryview(self._buf)
-        self._gone = ""
-        self._next_fid = 0
-        self._free: list[int] = []
-        self._clunks: list[int] = []  # fids nobody needs any more; the server hears of them with the next call
-        self.calls = 0  # round trips so far
-        self.extended = False
-        self.msize = msize
-        extensions = extensions and sock.family == socket.AF_UNIX
-        version = b"unknown"
-        for offer in (p9.VERSION_EXTENDED, p9.VERSION) if extensions else (p9.VERSION,):
-            try:
-                self.msize, version = self._call(p9.T.version, p9.R.version, msize, offer, tag=p9.NOTAG)
-            except Errno:
-                continue  # diod says EIO to a version it does not know
-            if version in (offer, p9.VERSION):
-                break
-        if version not in (p9.VERSION, p9.VERSION_EXTENDED) or not p9.MSIZE_LEAST <= self.msize <= msize:
-            raise self._lost(f"it speaks {version[:32]!r} with messages of {self.msize} bytes, not 9P2000.L")
-        self.extended = version == p9.VERSION_EXTENDED
-
-    # --- the connection ---
-
-    def _lost(self, why: str) -> HostError:
-        if not self._gone:
-            self._gone = why
-            self._sock.close()
-        return HostError(f"the gofer is gone: {self._gone}")
-
-    def _exchange(self, message: bytes, tag: int, answer: int) -> int:
-        """Send one request and receive its answer into `_buf`; returns the answer's size. Errno from an Rlerror."""
-        if self._gone:
-            raise self._lost("")
-        if self._clunks:
-            message = self._clunk_message() + message
-        self.calls += 1
-        sock = self._sock
-        try:
-            sent = sock.send(message)
-            if sent < len(message):
-                sock.sendall(message[sent:])
-            got = sock.recv_into(self._view)
-        except OSError as problem:
-            raise self._lost(problem.strerror or "the connection broke") from None
-        except BaseException:
-            self._lost("a call was interrupted")  # its answer would be taken for that of the next call
-            raise
-        return self._checked(got, tag, answer)
-
-    def _checked(self, got: int, tag: int, answer: int) -> int:
-        buf = self._buf
-        if got < 7:
-            got = self._fill(got, 7)
-        size, number, got_tag = _unpack_head(buf)
-        if got != size:
-            if size < 7 or size > self.msize or got > size:
-                raise self._lost(f"an answer of {size} bytes")
-            self._fill(got, size)
-        if got_tag != tag or number != answer:
-            if got_tag == tag and number == 7 and size == 11:
-                ecode: int = p9.LERROR.decode(buf, 7, 11)[0]
-                raise Errno(ecode if 0 < ecode < 4096 else EIO)
-            raise self._lost(f"answer {number} with tag {got_tag} to request {answer - 1} with tag {tag}")
-        return size
-
-    def _fill(self, got: int, size: int) -> int:
-        """Receive until `_buf` holds at least `size` bytes, and no more than the message when its size is known."""
-        try:
-            while got < size:
-                more = self._sock.recv_into(self._view[got:size])
-                if not more:
-                    raise self._lost("it hung up")
-                got += more
-        except OSError as problem:
-            raise self._lost(problem.strerror or "the connection broke") from None
-        except BaseException:
-            self._lost("a call was interrupted")
-            raise
-        return got
-
-    def _call(self, row: Message, answer: Message, *values: Any, tag: int = _TAG) -> tuple[Any, ...]:
-        size = self._exchange(row.encode(tag, *values), tag, answer.number)
-        return self._decode(answer, size)
-
-    def _decode(self, answer: Message, size: int) -> tuple[Any, ...]:
-        try:
-            return answer.decode(self._buf, 7, size)
-        except (p9.Malformed, struct.error) as problem:
-            raise self._lost(f"{answer.name} does not parse: {problem}") from None
-
-    def _call_fd(self, row: Message, answer: Message, *values: Any) -> tuple[tuple[Any, ...], int]:
-        """A call whose answer may bring a descriptor (-1: none)."""
-        if self._gone:
-            raise self._lost("")
-        message = row.encode(_TAG, *values)
-        if self._clunks:
-            message = self._clunk_message() + message
-        self.calls += 1
-        fds = array.array("i")
-        try:
-            self._sock.sendall(message)
-            got, ancillary, flags, _ = self._sock.recvmsg_into(
-                [self._view], socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC
-            )
-        except OSError as problem:
-            raise self._lost(problem.strerror or "the connection broke") from None
-        except BaseException:
-            self._lost("a call was interrupted")
-            raise
-        for level, kind, data in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(data[: len(data) - len(data) % 4])
-        try:
-            size = self._checked(got, _TAG, answer.number)
-            decoded = self._decode(answer, size)
-            if len(fds) > 1 or flags & socket.MSG_CTRUNC:
-                raise self._lost("it sent descriptors that nobody asked for, or we have no room for more")
-            if fds and not stat.S_ISREG(os.fstat(fds[0]).st_mode):
-                raise self._lost("it sent a descriptor of something that is no regular file")
-        except BaseException:
-            for fd in fds:
-                os.close(fd)
-            raise
-        return decoded, fds[0] if fds else -1
-
-    def _clunk_message(self) -> bytes:
-        """The batch of fids to forget, to go in front of a request; plain servers are told and waited for here."""
-        clunks, self._clunks = self._clunks, []
-        if not self.extended:
-            for fid in clunks:
-                try:
-                    self._call(p9.T.clunk, p9.R.clunk, fid)
-                except Errno:
-                    pass  # clunk(5): the fid is gone whatever the answer
-                self._free.append(fid)
-            return b""
-        self._free += clunks
-        if len(clunks) <= p9.CLUNKS_MOST:
-            return p9.T.clunkbatch.encode(_TAG, clunks)
-        most = p9.CLUNKS_MOST
-        return b"".join([p9.T.clunkbatch.encode(_TAG, clunks[i : i + most]) for i in range(0, len(clunks), most)])
-
-    def flush(self) -> None:
-        """Tell the server now of the fids that were clunked (they keep removed files alive on the host)."""
-        if self._clunks and not self._gone:
-            message = self._clunk_message()
-            try:
-                if message:
-                    self._sock.sendall(message)
-            except OSError as problem:
-                raise self._lost(problem.strerror or "the connection broke") from None
-
-    def close(self) -> None:
-        """Hang up; every later call is a HostError."""
-        if not self._gone:
-            self._gone = "the connection was closed"
-            self._sock.close()
-
-    def _fid(self) -> int:
-        if self._free:
-            return self._free.pop()
-        self._next_fid += 1
-        return self._next_fid - 1
-
-    def _forget(self, fid: int) -> None:
-        self._clunks.append(fid)
-
-    # --- trees ---
+class Client(Connection):
+    """A connection and the trees at its other end."""
 
     def attach(self, tree: str | bytes = b"", uid: int = 0) -> Node:
         """The root of a tree: by name, decimal index, or b"" for the first. `uid` is whom a plain server acts for."""
@@ -293,9 +118,9 @@ class Node:
         length = len(name)
         if length > 255:
             length, name = 256, name[:256]  # the server says ENAMETOOLONG
-        message = _walk_head(19 + length, 200, _TAG, self.fid, 1, fid, length) + name
+        message = _walk_head(19 + length, 200, TAG, self.fid, 1, fid, length) + name
         try:
-            size = client._exchange(message, _TAG, 201)
+            size = client._exchange(message, TAG, 201)
         except Errno:
             client._free.append(fid)
             raise
@@ -394,7 +219,7 @@ class Node:
         """Attributes now; also kept in `attr`. Errno ESTALE when the name leads to another object by now."""
         client = self.client
         if client.extended:
-            size = client._exchange(p9.T.attr.encode(_TAG, self.fid), _TAG, 215)
+            size = client._exchange(p9.T.attr.encode(TAG, self.fid), TAG, 215)
             if size != 87:
                 raise client._lost("attributes of another length")
             self.attr = _new(Attr, _unpack_attr(client._buf, 7))
@@ -503,7 +328,7 @@ class Node:
         cookie = 0
         while True:
             size = client._exchange(
-                p9.T.readdirattr.encode(_TAG, self.fid, cookie, client.msize - 32), _TAG, p9.R.readdirattr.number
+                p9.T.readdirattr.encode(TAG, self.fid, cookie, client.msize - 32), TAG, p9.R.readdirattr.number
             )
             following, data = client._decode(p9.R.readdirattr, size)
             page = self._entries(data, 0, len(data))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 from kvmsentry.image import tar
@@ -54,9 +55,9 @@ class Archive(Protocol):
     def close(self) -> None: ...
 
 
-class _Documents:
-    def open(self, name: str) -> Member | None:
-        raise NotImplementedError
+class _Documents(ABC):
+    @abstractmethod
+    def open(self, name: str) -> Member | None: ...
 
     def document(self, name: str) -> bytes | None:
         member = self.open(name)

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import select
 import socket
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
@@ -33,7 +34,7 @@ def refused(error: OSError) -> Errno:
     return Errno(error.errno or errno.EIO)
 
 
-class HostSocket(Socket):
+class HostSocket(Socket, ABC):
     """`host` is a non-blocking socket of the Sentry's."""
 
     def __init__(self, task: Task, host: socket.socket, kind: int, protocol: int, flags: int = 0) -> None:
@@ -43,13 +44,13 @@ class HostSocket(Socket):
         self.poller: Any = None
 
     # -- names: each family packs and parses its own -----------------------------------------------------------------
+    @abstractmethod
     def address(self, name: bytes) -> Any:
         """A sockaddr as Python's socket module wants it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sockaddr(self, address: Any) -> bytes:
         """The reverse."""
-        raise NotImplementedError
 
     def getsockname(self) -> bytes:
         """getsockname(2)."""

@@ -9,6 +9,7 @@ A socket with a path stands in `Names.paths` under the file system and inode num
 from __future__ import annotations
 
 import errno
+from abc import ABC, abstractmethod
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,7 @@ def sockaddr(name: bytes | None) -> bytes:
     return b"\1\0" + name + (b"\0" if name[:1] != b"\0" else b"")
 
 
-class UnixSocket(Socket):
+class UnixSocket(Socket, ABC):
     """A Unix socket of either kind."""
 
     family = abi.AF_UNIX
@@ -207,9 +208,9 @@ class UnixSocket(Socket):
         return sockaddr(self.peer.name)
 
     # -- connections -------------------------------------------------------------------------------------------------
+    @abstractmethod
     def newborn(self, task: Task) -> UnixSocket:
         """The other end of a connection that is being made; in nobody's descriptors yet."""
-        raise NotImplementedError
 
     def listen(self, task: Task, backlog: int) -> None:
         """listen(2)."""
