@@ -290,9 +290,12 @@ int ks_machine_new(int kvm, int ring0, uint64_t xcr0, void *mem, struct ks_machi
 	if ((rc = check(m->bell, "eventfd", failed)) || (rc = check(m->epoll, "epoll_create1", failed)) ||
 	    (rc = check(m->timer, "timerfd_create", failed)))
 		return rc;
+	/* Edges: each ring is told once, and nobody needs to read the counter (2^64 rings fill it). */
+	event.events = EPOLLIN | EPOLLET;
 	event.data.fd = m->bell;
 	if ((rc = check(epoll_ctl(m->epoll, EPOLL_CTL_ADD, m->bell, &event), "epoll_ctl", failed)))
 		return rc;
+	event.events = EPOLLIN;
 	event.data.fd = m->timer;
 	if ((rc = check(epoll_ctl(m->epoll, EPOLL_CTL_ADD, m->timer, &event), "epoll_ctl", failed)))
 		return rc;
