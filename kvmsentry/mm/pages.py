@@ -94,12 +94,18 @@ class Pages:
         rd, wr = self._rd, self._wr
         if self._ro:
             self._ro.clear()
+        if not rd:  # what may be written may be read
+            return
         if last - first > _CACHE_DROP:
             rd.clear()
             wr.clear()
-        else:
+        elif last - first < len(rd):
             for vpn in range(first, last):
-                rd.pop(vpn, None)
+                if rd.pop(vpn, None) is not None:
+                    wr.pop(vpn, None)
+        else:
+            for vpn in [vpn for vpn in rd if first <= vpn < last]:
+                del rd[vpn]
                 wr.pop(vpn, None)
 
     def _flush(self) -> None:
