@@ -117,7 +117,7 @@ def test_everything_listed(beside: Beside) -> None:
 def shell(request: pytest.FixtureRequest, kvmsentry: list[str], debian: str) -> Iterator[Person]:
     command = ["bash", "--norc", "--noediting", "-i"]
     person = Person(
-        [*kvmsentry, "run", "-it", debian, *command] if request.param == "inside" else ["env", "HOME=/", *command]
+        [*kvmsentry, "run", "-it", debian, *command] if request.param == "inside" else ["env", "-u", "PS1", "HOME=/", *command]
     )
     person.see(r"# ")
     person.type("PS1='ready> '\r")
