@@ -23,6 +23,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.fs.vfs import POLLIN, POLLOUT, POLLRDNORM, POLLWRNORM
+from kvmsentry.net.hostsock import refused
 from kvmsentry.net.inet import InetSocket
 from kvmsentry.net.ring import Ring
 from kvmsentry.net.socket import Control, Received
@@ -44,6 +45,8 @@ _HOST_ONLY = frozenset(
     )] + [(abi.SOL_TCP, 36)]  # TCP_INQ
 )  # fmt: skip
 
+_BUFFERS = frozenset((abi.SO_SNDBUF, abi.SO_RCVBUF, abi.SO_SNDBUFFORCE, abi.SO_RCVBUFFORCE))
+
 Ends = tuple[str, int, str, int]  # local address and port, the peer's
 
 
@@ -64,6 +67,8 @@ class TcpSocket(InetSocket):
         self.direct = False  # our writes go to the host again
         self.ends_by_host = False  # the peer's did: behind the ring comes what the host says
         self.host_only = False  # an option asks for the host
+        self.sndbuf = self.rcvbuf = 0  # as the application set them
+        self.most = MOST  # bytes that our writes may have on the way
         self.ends: Ends | None = None  # a client that waits for its accept
 
     # -- pairs -------------------------------------------------------------------------------------------------------
@@ -92,7 +97,10 @@ class TcpSocket(InetSocket):
     def accept(self, task: Task, flags: int) -> InetSocket | int:
         """accept4(2)."""
         child = super().accept(task, flags)
-        if isinstance(child, TcpSocket) and self.stack.connecting:
+        if not isinstance(child, TcpSocket):
+            return child
+        child.sndbuf, child.rcvbuf = self.sndbuf, self.rcvbuf
+        if self.stack.connecting:
             try:
                 ends = ends_of(child.host.getpeername(), child.host.getsockname())
             except OSError:  # it is gone already
@@ -109,7 +117,17 @@ class TcpSocket(InetSocket):
         server.before = self.sent
         self.listen_to_host()
         server.listen_to_host()
+        self._limit()
+        server._limit()
         self.queue.wake(WRITABLE)  # it may be waiting for its connection still
+
+    def _limit(self) -> None:
+        """Small buffers on both sides hold a writer back as the host's would."""
+        peer = self.peer
+        if peer is not None and peer.inbox is not None and self.sndbuf and peer.rcvbuf:
+            self.most = min(MOST, self.sndbuf + peer.rcvbuf)
+            if peer.inbox.capacity > self.most:
+                peer.inbox.resize(self.most)
 
     def _go_direct(self) -> None:
         """From now on our bytes go through the host."""
@@ -169,8 +187,8 @@ class TcpSocket(InetSocket):
         total = 0
         for view in views:
             total += len(view)
-        if total > inbox.capacity - inbox.used and inbox.capacity < MOST:
-            inbox.resize(min(MOST, 4 * max(inbox.capacity, total)))
+        if total > inbox.capacity - inbox.used and inbox.capacity < self.most:
+            inbox.resize(min(self.most, 4 * max(inbox.capacity, total)))
         n = inbox.put(views, total)
         if n:
             if peer.queue.waiters:
@@ -258,7 +276,21 @@ class TcpSocket(InetSocket):
     def setsockopt(self, task: Task, level: int, name: int, value: bytes) -> None:
         """Options that concern the bytes themselves end the short cut."""
         super().setsockopt(task, level, name, value)
-        if (level, name) in _HOST_ONLY:
+        if level == abi.SOL_SOCKET and name in _BUFFERS:
+            try:
+                self.sndbuf, self.rcvbuf = (
+                    self.host.getsockopt(level, option) if name in (option, forced) else known
+                    for option, forced, known in (
+                        (abi.SO_SNDBUF, abi.SO_SNDBUFFORCE, self.sndbuf),
+                        (abi.SO_RCVBUF, abi.SO_RCVBUFFORCE, self.rcvbuf),
+                    )
+                )
+            except OSError as error:
+                raise refused(error) from None
+            self._limit()
+            if self.peer is not None:
+                self.peer._limit()
+        elif (level, name) in _HOST_ONLY:
             self.host_only = True
             self._part()
 

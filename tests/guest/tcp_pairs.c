@@ -239,6 +239,22 @@ static void full_and_drained(void)
 	close(server);
 }
 
+static void small_buffers(void)
+{
+	int fd = listen4(), client = dial(), server, size = 4096;
+	static char block[300000];
+	ssize_t n;
+
+	CHECK(setsockopt(client, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size)) == 0);
+	server = accept(fd, NULL, NULL);
+	CHECK(setsockopt(server, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size)) == 0);
+	n = send(client, block, sizeof(block), MSG_DONTWAIT);
+	CHECK(n > 0 && n < 200000);	/* what is on the way has a limit */
+	close(server);
+	close(client);
+	close(fd);
+}
+
 static long sum;
 
 static void *sink(void *arg)
@@ -370,6 +386,7 @@ int main(void)
 	closed_when_all_was_read();
 	urgent();
 	full_and_drained();
+	small_buffers();
 	many_bytes_in_order();
 	edges();
 	by_option_and_by_child();
