@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs.anon import pipefs
+from kvmsentry.fs import ringbuffer
 from kvmsentry.fs.vfs import (
     O_ACCMODE,
     O_DIRECT,
@@ -85,30 +86,11 @@ class Pipe:
             return -errno.EAGAIN if self.writers and views else 0
         if self.packets is not None:
             return self._read_packets(views)
-        capacity, head, ring, done = self.capacity, self.head, self.ring, 0
+        ring = self.ring
         assert ring is not None
-        for view in views:
-            n = len(view)
-            if n > used:
-                n = used
-                view = view[:n]
-            end = head + n
-            if end < capacity:
-                view[:] = ring[head:end]
-                head = end
-            else:
-                first = capacity - head
-                head = end - capacity
-                view[:first] = ring[capacity - first :]
-                if head:
-                    view[first:] = ring[:head]
-            used -= n
-            done += n
-            if not used:
-                head = 0
-                break
-        free = capacity - self.used
-        self.head, self.used = head, used
+        done = ringbuffer.take(ring, self.head, views, used)
+        free = self.capacity - used
+        self._advance(done)
         if free < PIPE_BUF and self.queue.waiters and free + done >= PIPE_BUF:
             self.queue.wake(WRITABLE)
         return done
@@ -129,27 +111,7 @@ class Pipe:
         ring = self.ring
         if ring is None:
             ring = self.ring = make_ring(capacity)
-        tail = self.head + used
-        if tail >= capacity:
-            tail -= capacity
-        left = total
-        for view in views:
-            n = len(view)
-            if n > left:
-                n = left
-                view = view[:n]
-            end = tail + n
-            if end <= capacity:
-                ring[tail:end] = view
-                tail = end
-            else:
-                first = capacity - tail
-                tail = end - capacity
-                ring[capacity - first :] = view[:first]
-                ring[:tail] = view[first:]
-            left -= n
-            if not left:
-                break
+        ringbuffer.put(ring, self.head + used, views, total)
         self.used = used + total
         if packet or self.packets is not None:
             self._mark(total, packet)

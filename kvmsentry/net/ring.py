@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+from kvmsentry.fs import ringbuffer
+
 CAPACITY = 212992  # net.core.wmem_default: what one direction of a stream holds
 _spare: list[memoryview] = []  # rings of dead sockets, warm in the cache
 
@@ -44,33 +46,13 @@ class Ring:
             else:
                 buffer = memoryview(bytearray(capacity))
             self.buffer = buffer
-        tail = self.head + used
-        if tail >= capacity:
-            tail -= capacity
-        left = total
-        for view in views:
-            n = len(view)
-            if n > left:
-                n = left
-                view = view[:n]
-            end = tail + n
-            if end <= capacity:
-                buffer[tail:end] = view
-                tail = end
-            else:
-                first = capacity - tail
-                tail = end - capacity
-                buffer[capacity - first :] = view[:first]
-                buffer[:tail] = view[first:]
-            left -= n
-            if not left:
-                break
+        ringbuffer.put(buffer, self.head + used, views, total)
         self.used = used + total
         return total
 
     def take(self, views: list[memoryview], limit: int = 1 << 62, skip: int = 0, peek: bool = False) -> int:
         """Move up to `limit` bytes into `views`; with `peek` they stay, and `skip` bytes before them are left out."""
-        buffer, capacity, head = self.buffer, self.capacity, self.head
+        buffer, head = self.buffer, self.head
         left = self.used - skip
         if left > limit:
             left = limit
@@ -78,30 +60,12 @@ class Ring:
             return 0
         assert buffer is not None
         if skip:
-            head = (head + skip) % capacity
-        done = 0
-        for view in views:
-            n = len(view)
-            if n > left:
-                n = left
-                view = view[:n]
-            end = head + n
-            if end <= capacity:
-                view[:] = buffer[head:end]
-                head = end
-            else:
-                first = capacity - head
-                head = end - capacity
-                view[:first] = buffer[capacity - first :]
-                view[first:] = buffer[:head]
-            left -= n
-            done += n
-            if not left:
-                break
+            head = (head + skip) % self.capacity
+        done = ringbuffer.take(buffer, head, views, left)
         if not peek:
             self.used -= done
             self.taken += done
-            self.head = head % capacity if self.used else 0
+            self.head = (head + done) % self.capacity if self.used else 0
         return done
 
     def mark(self, length: int, files: list[Any], creds: tuple[int, int, int] | None) -> None:
