@@ -16,8 +16,8 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs.anon import pipefs
 from kvmsentry.fs import ringbuffer
+from kvmsentry.fs.anon import pipefs
 from kvmsentry.fs.vfs import (
     O_ACCMODE,
     O_DIRECT,

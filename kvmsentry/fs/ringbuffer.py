@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 def put(ring: memoryview, tail: int, views: list[memoryview], total: int) -> None:
-    """Copies the first `total` bytes of `views` to the ring from index `tail` on; the caller knows that there is room."""
+    """Copies the first `total` bytes of `views` to the ring from index `tail` (less than twice its size) on; the caller
+    knows that there is room."""
     capacity = len(ring)
     if tail >= capacity:
         tail -= capacity
