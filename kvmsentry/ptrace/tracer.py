@@ -18,7 +18,7 @@ from typing import Any
 from kvmsentry.errors import BrokenInvariant, Errno, HostError
 from kvmsentry.vcpu import layout
 from kvmsentry.vcpu.common import HostSide
-from kvmsentry.vcpu.layout import EV_EXCEPTION, EV_FAULT, EV_HOST_ERROR, EV_SYSCALL, NREGS, RIP
+from kvmsentry.vcpu.layout import EV_EXCEPTION, EV_FAULT, EV_HOST_ERROR, EV_SYSCALL, EVENT_NAMES, NREGS, RIP
 
 from ._ptrace import ffi, lib
 from .decode import stores
@@ -160,9 +160,13 @@ class Tracer(HostSide):
 
     @property
     def counters(self) -> dict[str, int]:
-        """Events and sleeps of the wait, threads made, runs of the executor and their calls, stops of no interest."""
-        names = ("events", "sleeps", "threads", "runs", "calls", "spurious")
-        return {name: lib.pt_counter(self._m, i) for i, name in enumerate(names)}
+        """Events and sleeps of the wait, threads made, runs of the executor and their calls; and why threads stopped:
+        stop_syscall, stop_fault, ... by the event's kind, stop_spurious for what concerned nobody."""
+        names = ("events", "sleeps", "threads", "runs", "calls", "stop_spurious")
+        counts = {name: lib.pt_counter(self._m, i) for i, name in enumerate(names)}
+        kinds = {f"stop_{name}": lib.pt_kind_counter(self._m, i) for i, name in enumerate(EVENT_NAMES)}
+        spurious = counts.pop("stop_spurious")
+        return {**counts, **kinds, "stop_spurious": spurious}
 
     def kernel_pml4_entries(self) -> dict[int, int]:
         """Nothing: no processor walks these tables."""

@@ -20,7 +20,7 @@ from kvmsentry.errors import BrokenInvariant, Errno, HostError
 from . import layout
 from ._kvm import ffi, lib
 from .common import HostSide
-from .layout import EV_EXCEPTION, EV_FAULT, EV_HOST_ERROR, EV_SYSCALL, LINEAR_PML4, NREGS, STUB_PML4
+from .layout import EV_EXCEPTION, EV_FAULT, EV_HOST_ERROR, EV_SYSCALL, EXIT_NAMES, LINEAR_PML4, NREGS, STUB_PML4
 from .memory import PAGE, GuestMemory
 from .traits import open_kvm, refusal, traits
 
@@ -170,12 +170,13 @@ class Machine(HostSide):
 
     @property
     def counters(self) -> dict[str, int]:
-        """Events and sleeps of the wait, spins, doorbell rings, vCPUs made, and the vCPUs' exits and parks."""
-        names = ("events", "sleeps", "spins", "doorbells", "vcpus")
+        """Events and sleeps of the wait, spins, doorbell rings, vCPUs made, runs of the service vCPU (invalidations);
+        the vCPUs' exits, and as exit_park, exit_fault, ... how many for which reason (layout.EXIT_*)."""
+        names = ("events", "sleeps", "spins", "doorbells", "vcpus", "services")
         counts = {name: lib.ks_counter(self._m, i) for i, name in enumerate(names)}
-        counts["exits"] = sum(lib.ks_vcpu_counter(v, 0) for v in self._vcpus.values())
-        counts["parks"] = sum(lib.ks_vcpu_counter(v, 1) for v in self._vcpus.values())
-        return counts
+        vcpus = self._vcpus.values()
+        exits = {f"exit_{n}": sum(lib.ks_vcpu_counter(v, i) for v in vcpus) for i, n in enumerate(EXIT_NAMES)}
+        return {**counts, "exits": sum(exits.values()), **exits}
 
     def kernel_pml4_entries(self) -> dict[int, int]:
         """{index: entry} that every PML4 must hold: the linear map and the stub, ring 0 only."""
