@@ -12,13 +12,13 @@ PLATFORMS = ("kvm", "ptrace")
 REASONS = {"exit_": "exits", "stop_": "stops"}
 ALSO_A_SECOND = ("doorbells", "spins")
 EXPLAINED = (
-    "Totals first. Events are system calls and faults that the Sentry answered; sleeps, how often it found nothing to do "
-    "and slept; spins, how often it looked again before; doorbells, how often a guest woke it; services, how often the "
-    "service vCPU made changed page tables hold; exits, how often a vCPU left the guest. Then a second of the "
-    "application's time, by reason: park, because an answer had to wait; interrupted, because it was told to come; fault "
-    "and exception, where the entry is in ring 3; slow, calls of an application with a GS base of its own; port, an "
-    "application's `out`; host_error, what KVM refused. On ptrace every event is a stop, and runs and calls count lists "
-    "of mappings carried out in stubs."
+    "Totals first. Events are system calls and faults that the Sentry answered; sleeps, how often it found nothing to "
+    "do and slept; spins, how often it looked again before; doorbells, how often a guest woke it; services, how often "
+    "the service vCPU made changed page tables hold; exits, how often a vCPU left the guest. Then a second of the "
+    "application's time, by reason: park, because an answer had to wait; interrupted, because it was told to come; "
+    "fault and exception, where the entry is in ring 3; slow, calls of an application with a GS base of its own; port, "
+    "its out instructions; host error, what KVM refused. On ptrace every event is a stop, and runs and calls count "
+    "lists of mappings carried out in stubs."
 )
 
 

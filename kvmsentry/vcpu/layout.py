@@ -31,8 +31,8 @@ EV_HOST_ERROR = 4  # KVM_RUN failed or ended in a way that nothing here asked fo
 NEVENTS = 5
 EVENT_NAMES = ("syscall", "fault", "exception", "kicked", "host_error")
 
-# Why a vCPU left the guest, as the runner counts it. What stays in the host's kernel (a doorbell, a fault that KVM mends
-# itself) is no exit.
+# Why a vCPU left the guest, as the runner counts it. What stays in the host's kernel (a doorbell, a fault that KVM
+# mends itself) is no exit.
 EXIT_PARK = 0  # to sleep until answered
 EXIT_INTERRUPTED = 1  # KVM_RUN: EINTR, EAGAIN, KVM_EXIT_INTR: a kick, a halt, a signal
 EXIT_FAULT = 2  # #PF; only where the entry is in ring 3, else the stub posts it
