@@ -17,10 +17,10 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.mark.timeout(540)  # two tries to boot, then 220 s
 @pytest.mark.parametrize("npt", [1, 0], ids=["nested paging", "shadow paging"])
 def test_kvm_amd(npt: int, exercised: Callable[[str], None]) -> None:
-    command = [ROOT / "hack/nested-kvm", "--quick"]
+    argv = [ROOT / "hack/nested-kvm", "--quick"]
     environment = {**os.environ, "NPT": str(npt)}
     done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env=environment, timeout=500
+        argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env=environment, timeout=500
     )
     if done.returncode == 3:
         why = done.stderr.strip().splitlines()[-1]
