@@ -41,7 +41,8 @@ QEMU = "qemu-system-x86_64"
 # Small kernels for virtual machines: Debian's, Ubuntu's.
 KERNEL_PACKAGES = ("linux-image-cloud-amd64", "linux-image-virtual")
 MODULE = "kvm-amd"
-CHECKOUT = ("kvmsentry", "tests", "hack", "pyproject.toml", "build/vcpu-tests", "build/busybox.tar", ".venv")
+CHECKOUT = ("kvmsentry", "guest_stub", "tests", "hack", "pyproject.toml", "build/vcpu-tests",
+            "build/busybox.tar", ".venv")  # fmt: skip
 LEFT_OUT = {"site-packages", "test", "idlelib", "tkinter", "ensurepip", "lib2to3", "config-3.11-x86_64-linux-gnu"}
 LEFT_OUT_OF_VENV = {"pip", "setuptools", "ruff", "mypy", "mypyc", "include"}
 NOT_TESTED, TIMED_OUT, DIED = 3, 124, 125

@@ -39,6 +39,7 @@ th:first-child,td:first-child{text-align:left;padding-left:0}
 tr:last-child td{border-bottom:0} tr.group td{font-weight:650;padding-top:16px}
 td small{color:var(--soft);display:block;line-height:1.2} td em{font-style:normal;color:var(--bad)}
 details summary{cursor:pointer;color:var(--accent);margin:10px 0}
+.wide svg{min-width:640px}
 svg{display:block;max-width:100%;height:auto;font:12px system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
 svg text{fill:var(--ink)} svg .soft{fill:var(--soft)} svg .grid{stroke:var(--grid)} svg .axis{stroke:var(--soft)}
 code{font:13px ui-monospace,"DejaVu Sans Mono",monospace}
@@ -126,7 +127,7 @@ def _ratios(facts: dict[str, Any]) -> str:
     return (
         "<h2>How many times as long as natively</h2><p class=soft>Medians; the line through a dot is the range of all "
         "rounds. The scale is logarithmic: each step is ten times the one before. Left is better.</p>"
-        f"<div class=card>{_legend(places)}{plots.ratios(groups, places)}</div>"
+        f"<div class='card wide'>{_legend(places)}{plots.ratios(groups, places)}</div>"
     )
 
 
