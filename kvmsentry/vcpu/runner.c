@@ -2,7 +2,7 @@
 /*
  * The runner: one thread a vCPU, which lives in KVM_RUN and comes out to sleep, to fault, or because it was told to.
  *
- * Races, numbered alike in kvmsentry/vcpu/README.md and tests/vcpu:
+ * Races, numbered alike in kvmsentry/vcpu/README.md, tests/vcpu and tests/platforms:
  *   K1  a kick lands in the entry code before the request is out: run on, the system call's event will come
  *   K2  a kick lands while the guest waits for an answer that is not there yet: run on, the event has come or will
  *   K3  a kick lands after the answer, while the exit path restores registers: the registers are known (they are the
