@@ -11,6 +11,42 @@ import pytest
 
 KVM = os.access("/dev/kvm", os.R_OK | os.W_OK)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# What ran on which kind of host, for the summary: tests add to it what is not to be seen from here.
+EXERCISED: list[str] = []
+
+
+def platforms() -> list[str]:
+    """A line a platform: what this host's is like, or why there is none."""
+    from kvmsentry.errors import HostError
+
+    lines = []
+    if KVM:
+        from kvmsentry.vcpu.traits import open_kvm, traits
+
+        try:
+            kvm = open_kvm()
+            try:
+                found = traits(kvm)
+            finally:
+                os.close(kvm)
+            paging = f"{found['entry']} entry, {found['paging']} paging, XCR0 {found['xcr0']:#x}"
+            lines.append(f"KVM of this host: {paging}")
+        except HostError as error:
+            lines.append(f"KVM of this host: NOT EXERCISED: {error}")
+    else:
+        lines.append("KVM of this host: NOT EXERCISED: /dev/kvm is missing or not writable")
+    from kvmsentry.ptrace.tracer import Tracer
+
+    try:
+        tracer = Tracer()
+        try:
+            tracer._start()
+            lines.append("ptrace")
+        finally:
+            tracer.close()
+    except HostError as error:
+        lines.append(f"ptrace: NOT EXERCISED: {error}")
+    return lines
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -22,10 +58,18 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in (*platforms(), *EXERCISED):
+        terminalreporter.write_line(f"platform: {line}", red="NOT EXERCISED" in line)
     if not KVM:
         terminalreporter.write_line(
             "KVM TESTS WERE SKIPPED: /dev/kvm is missing or not writable", yellow=True, bold=True
         )
+
+
+@pytest.fixture
+def exercised() -> Callable[[str], None]:
+    """Adds a line to the summary's list of platforms."""
+    return EXERCISED.append
 
 
 @pytest.fixture(scope="session")

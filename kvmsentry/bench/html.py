@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from kvmsentry.bench import host, plots, session, table
+from kvmsentry.bench import counters, host, plots, session, table
 from kvmsentry.bench.catalogue import GROUPS, UNITS
 
 STYLE = """
@@ -39,6 +39,7 @@ th:first-child,td:first-child{text-align:left;padding-left:0}
 tr:last-child td{border-bottom:0} tr.group td{font-weight:650;padding-top:16px}
 td small{color:var(--soft);display:block;line-height:1.2} td em{font-style:normal;color:var(--bad)}
 details summary{cursor:pointer;color:var(--accent);margin:10px 0}
+.wide svg{min-width:640px}
 svg{display:block;max-width:100%;height:auto;font:12px system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
 svg text{fill:var(--ink)} svg .soft{fill:var(--soft)} svg .grid{stroke:var(--grid)} svg .axis{stroke:var(--soft)}
 code{font:13px ui-monospace,"DejaVu Sans Mono",monospace}
@@ -126,7 +127,7 @@ def _ratios(facts: dict[str, Any]) -> str:
     return (
         "<h2>How many times as long as natively</h2><p class=soft>Medians; the line through a dot is the range of all "
         "rounds. The scale is logarithmic: each step is ten times the one before. Left is better.</p>"
-        f"<div class=card>{_legend(places)}{plots.ratios(groups, places)}</div>"
+        f"<div class='card wide'>{_legend(places)}{plots.ratios(groups, places)}</div>"
     )
 
 
@@ -207,21 +208,16 @@ def _figures(facts: dict[str, Any]) -> str:
 
 def _counters(facts: dict[str, Any]) -> str:
     tables = []
-    for place in ("kvm", "ptrace"):
-        rows = {name: found[place] for name, found in facts["counters"].items() if place in found}
-        if rows:
-            columns = list(next(iter(rows.values())))
-            lines = [f"<tr><th>{escape(place)}" + "".join(f"<th>{escape(column)}" for column in columns)]
-            for name, row in rows.items():
-                lines.append(f"<tr><td>{escape(name)}" + "".join(f"<td>{row.get(c, 0):,}" for c in columns))
-            tables.append(f"<div class=card><table>{''.join(lines)}</table></div><br>")
+    for title, columns, rows in counters.tables(facts["counters"]):
+        lines = [f"<tr><th>{escape(title)}" + "".join(f"<th>{escape(column)}" for column in columns)]
+        for name, cells in rows.items():
+            lines.append(f"<tr><td>{escape(name)}" + "".join(f"<td>{cell}" for cell in cells))
+        tables.append(f"<div class=card><table>{''.join(lines)}</table></div><br>")
     if not tables:
         return ""
     return (
-        "<details><summary>The machine's own counters, a run each</summary><p class=soft>Events are system calls and "
-        "faults that the Sentry answered; sleeps, how often it found nothing to do and slept; doorbells, how often it "
-        "was woken by the guest; exits, how often a vCPU left the guest; parks, how often because it had to wait."
-        f"</p>{''.join(tables)}</details>"
+        "<details><summary>The machine's own counters, a run each: why vCPUs leave the guest</summary>"
+        f"<p class=soft>{escape(counters.EXPLAINED)}</p>{''.join(tables)}</details>"
     )
 
 

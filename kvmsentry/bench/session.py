@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvmsentry.bench import catalogue, host, measure, platforms, programs, startup
+from kvmsentry.bench import catalogue, counters, host, measure, platforms, programs, startup
 from kvmsentry.bench.catalogue import BENCHMARKS, SOURCES, Benchmark
 from kvmsentry.bench.platforms import Platform
 
@@ -94,7 +94,7 @@ class Session:
         self.left_out = {n: BENCHMARKS[n].missing() for n in chosen if n in BENCHMARKS and BENCHMARKS[n].missing()}
         self.steps = steps([name for name in chosen if name not in self.left_out])
         self.results: dict[str, dict[str, Result]] = {}
-        self.counters: dict[str, dict[str, dict[str, int]]] = {}
+        self.counters: dict[str, dict[str, dict[str, Any]]] = {}
         self.startup: dict[str, Any] = {}
         self.idle: dict[str, Any] = {}
         self.failed = {place.name: place.reason for place in places if place.reason}
@@ -232,9 +232,10 @@ class Session:
 
     def _keep_counters(self, row: Benchmark, place: Platform, log: str) -> None:
         name = row.name if row.group == "workloads" else row.program
-        counters = logged(log, "counters: ")
-        if isinstance(counters, dict):
-            self.counters.setdefault(name, {})[place.name] = counters
+        found = logged(log, "counters: ")
+        if isinstance(found, dict):
+            found = counters.with_seconds(found, logged(log, "times: "))
+            self.counters.setdefault(name, {})[place.name] = found
         if os.path.exists(log):
             os.unlink(log)
 

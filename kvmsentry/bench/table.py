@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvmsentry.bench import host, session
+from kvmsentry.bench import counters, host, session
 from kvmsentry.bench.catalogue import GROUPS, UNITS
 from kvmsentry.bench.startup import PHASES
 
@@ -62,8 +62,7 @@ def text(facts: dict[str, Any]) -> str:
             parts.append(_group(rows, places, title))
     if facts["startup"]:
         parts.append(_startup(facts, places))
-    if facts["counters"]:
-        parts.append(_counters(facts["counters"]))
+    parts += [_counters(table) for table in counters.tables(facts["counters"])]
     if facts["idle"]:
         parts.append(_idle(facts["idle"], places))
     notes = [host.sentence(facts["machine"]), host.noise_sentence(facts["noise"], facts["machine"]["processors"])]
@@ -100,16 +99,8 @@ def _startup(facts: dict[str, Any], places: list[str]) -> list[str]:
     return grid(lines)
 
 
-def _counters(counters: dict[str, dict[str, dict[str, int]]]) -> list[str]:
-    lines: list[str] = []
-    for place in ("kvm", "ptrace"):
-        rows = {name: found[place] for name, found in counters.items() if place in found}
-        if rows:
-            columns = list(next(iter(rows.values())))
-            table = [[f"counters, {place}", *columns]]
-            table += [[f"  {name}", *[f"{row.get(c, 0):,}" for c in columns]] for name, row in rows.items()]
-            lines += [*([""] if lines else []), *grid(table)]
-    return lines
+def _counters(table: counters.Table) -> list[str]:
+    return grid([[table.title, *table.columns], *[[f"  {name}", *cells] for name, cells in table.rows.items()]])
 
 
 def _idle(idle: dict[str, Any], places: list[str]) -> list[str]:
@@ -149,15 +140,9 @@ def markdown(facts: dict[str, Any]) -> str:
         lines.append("| PSS, MB | " + " | ".join(f"{v['pss'] / 1e6:.1f}" for v in idle.values()) + " |")
         lines.append("| processor, ms/s | " + " | ".join(number(v["cpu"] / v["seconds"]) for v in idle.values()) + " |")
         lines.append("| processes | " + " | ".join(str(v["processes"]) for v in idle.values()) + " |")
-    if facts["counters"]:
-        for place in ("kvm", "ptrace"):
-            found = {name: value[place] for name, value in facts["counters"].items() if place in value}
-            if found:
-                columns = list(next(iter(found.values())))
-                lines += ["", *_head(f"counters, {place}", columns)]
-                lines += [
-                    f"| {n} | " + " | ".join(f"{v.get(c, 0):,}" for c in columns) + " |" for n, v in found.items()
-                ]
+    for table in counters.tables(facts["counters"]):
+        lines += ["", *_head(table.title, table.columns)]
+        lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in table.rows.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -26,6 +26,8 @@ uint64_t pt_xcr0(struct pt_tracer *m);
 uint32_t pt_xsave_size(struct pt_tracer *m);
 int pt_epoll_fd(struct pt_tracer *m);
 uint64_t pt_counter(struct pt_tracer *m, int which);
+/* Events of a kind, KS_EV_*, that pt_wait returned. */
+uint64_t pt_kind_counter(struct pt_tracer *m, int kind);
 
 /* The first stub process, whose copies the others are. `list`: GPA of the list in memfd, mapped at `ops` here. */
 int pt_start(struct pt_tracer *m, int memfd, int sock, uint64_t list, void *ops, struct pt_thread **out, const char **failed);

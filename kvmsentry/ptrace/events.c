@@ -348,8 +348,9 @@ static struct pt_ctx *collect(struct pt_tracer *m)
 	return NULL;
 }
 
-static int found(const struct pt_ctx *c)
+static int found(struct pt_tracer *m, const struct pt_ctx *c)
 {
+	m->count_kinds[c->event]++;
 	return c->event << 16 | c->id;
 }
 
@@ -379,7 +380,7 @@ int pt_wait(struct pt_tracer *m, int64_t timeout)
 			if (m->npinned && now - m->repinned > ALOOF_NS)
 				unpin_aloof(m, now);
 		}
-		return found(c);
+		return found(m, c);
 	}
 	for (;;) {
 		if (m->woken) {
@@ -402,7 +403,7 @@ int pt_wait(struct pt_tracer *m, int64_t timeout)
 		c = collect(m);
 		if (c) {
 			m->host_held = n > 0;
-			return found(c);
+			return found(m, c);
 		}
 		if (n)
 			return n > 0 ? PT_HOST : n - PT_FAILED;

@@ -89,6 +89,7 @@ struct pt_tracer {
 	u64 polled, repinned;
 	int nhost, host_due, host_held;
 	struct epoll_event host[PT_MAX_HOST_EVENTS];
+	u64 count_kinds[KS_NEVENTS];	/* events that wait returned, by EV_* */
 	u64 count_events, count_sleeps, count_runs, count_ops, count_threads, count_spurious;
 };
 

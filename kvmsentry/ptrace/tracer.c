@@ -250,13 +250,12 @@ int pt_epoll_fd(struct pt_tracer *m)
 
 uint64_t pt_counter(struct pt_tracer *m, int which)
 {
-	switch (which) {
-	case 0: return m->count_events;
-	case 1: return m->count_sleeps;
-	case 2: return m->count_threads;
-	case 3: return m->count_runs;
-	case 4: return m->count_ops;
-	case 5: return m->count_spurious;
-	}
-	return 0;
+	u64 c[] = { m->count_events, m->count_sleeps, m->count_threads, m->count_runs, m->count_ops, m->count_spurious };
+
+	return c[which];
+}
+
+uint64_t pt_kind_counter(struct pt_tracer *m, int kind)
+{
+	return m->count_kinds[kind];
 }

@@ -7,8 +7,6 @@ stop. Whatever touches a stub's threads is C (trace.c, events.c), called by the 
 from __future__ import annotations
 
 import errno
-import os
-import select
 import socket
 import struct
 from array import array
@@ -17,8 +15,8 @@ from typing import Any
 
 from kvmsentry.errors import BrokenInvariant, Errno, HostError
 from kvmsentry.vcpu import layout
-from kvmsentry.vcpu.common import HostSide
-from kvmsentry.vcpu.layout import EV_EXCEPTION, EV_FAULT, EV_HOST_ERROR, EV_SYSCALL, NREGS, RIP
+from kvmsentry.vcpu.common import CALL_SIZE, REGS_SIZE, ContextState, HostSide
+from kvmsentry.vcpu.layout import EV_FAULT, EV_SYSCALL, EVENT_NAMES, RIP
 
 from ._ptrace import ffi, lib
 from .decode import stores
@@ -49,32 +47,15 @@ class Stub:
         self.broken = False  # the host killed a thread of it, and with that all
 
 
-class Context:
-    """One guest thread's processor. Attributes of an event hold until the context is answered."""
+class Context(ContextState):
+    """One guest thread's processor, a thread of a stub process."""
 
-    __slots__ = ("_args", "_c", "_m", "_nr", "_retried", "_tracer", "args", "error_code", "event", "fault_address",
-                 "id", "mmu", "next_mmu", "nr", "owner", "regs", "vector")  # fmt: skip
-
-    regs: memoryview
-    event: int
-    nr: int
-    args: tuple[int, ...]
+    __slots__ = ("_m", "_retried", "_tracer")
 
     def __init__(self, tracer: Tracer, c: Any) -> None:
-        self._tracer, self._m, self._c = tracer, tracer._m, c
-        self.id: int = lib.pt_id(c)
-        self.regs = memoryview(ffi.buffer(ffi.cast("char *", lib.pt_regs(c)), NREGS * 8)).cast("B").cast("Q")
-        call = memoryview(ffi.buffer(ffi.cast("char *", lib.pt_call(c)), 56)).cast("B")
-        self._nr = call[:8].cast("Q")
-        self._args = call[8:]
+        super().__init__(c, lib.pt_id(c), ffi.buffer(lib.pt_regs(c), REGS_SIZE), ffi.buffer(lib.pt_call(c), CALL_SIZE))
+        self._tracer, self._m = tracer, tracer._m
         self._retried: tuple[int, int] | None = None
-        self.mmu: Any = None
-        self.next_mmu: Any = None
-        self.owner: Any = None
-        self.event = EV_SYSCALL
-        self.nr = 0
-        self.args = ()
-        self.fault_address = self.error_code = self.vector = 0
 
     def reply(self, result: int, _reply: Any = lib.pt_reply) -> None:
         """CONTINUE: RAX = result, all else as it was. Also ends a park."""
@@ -130,6 +111,7 @@ class Tracer(HostSide):
     """The ptrace platform. HostError when the host refuses, with what helps."""
 
     def __init__(self, mmu_factory: Callable[[], Any] | None = None) -> None:
+        super().__init__()
         self.name = "ptrace"
         self.mmu_factory = mmu_factory
         self.user_top: int = lib.pt_stub_base()  # the stub's own pages lie above
@@ -151,18 +133,19 @@ class Tracer(HostSide):
         self.xcr0: int = lib.pt_xcr0(self._m)
         self.xsave_size: int = lib.pt_xsave_size(self._m)
         self.traits: dict[str, Any] = {"entry": "ptrace", "paging": "host", "xcr0": self.xcr0, "tsc_is_hosts": True}
-        self._contexts: dict[int, Context] = {}
         self._pool: list[Stub] = []
-        self._watched: dict[int, Callable[[int], None]] = {}
-        self._epoll_fd: int = lib.pt_epoll_fd(self._m)
-        self._epoll = select.epoll.fromfd(os.dup(self._epoll_fd))
+        self._sleep_on(lib.pt_epoll_fd(self._m))
         self._ops = self.memory.words[GPA_LIST >> 3 : (GPA_LIST >> 3) + OPS * WORDS]
 
     @property
     def counters(self) -> dict[str, int]:
-        """Events and sleeps of the wait, threads made, runs of the executor and their calls, stops of no interest."""
-        names = ("events", "sleeps", "threads", "runs", "calls", "spurious")
-        return {name: lib.pt_counter(self._m, i) for i, name in enumerate(names)}
+        """Events and sleeps of the wait, threads made, runs of the executor and their calls; and why threads stopped:
+        stop_syscall, stop_fault, ... by the event's kind, stop_spurious for what concerned nobody."""
+        names = ("events", "sleeps", "threads", "runs", "calls", "stop_spurious")
+        counts = {name: lib.pt_counter(self._m, i) for i, name in enumerate(names)}
+        kinds = {f"stop_{name}": lib.pt_kind_counter(self._m, i) for i, name in enumerate(EVENT_NAMES)}
+        spurious = counts.pop("stop_spurious")
+        return {**counts, **kinds, "stop_spurious": spurious}
 
     def kernel_pml4_entries(self) -> dict[int, int]:
         """Nothing: no processor walks these tables."""
@@ -388,21 +371,17 @@ class Tracer(HostSide):
             raise
         if regs is not None:
             ctx.regs.cast("B")[:] = regs
-        self._contexts[ctx.id] = ctx
+        self._keep(ctx)
         return ctx
 
     def _release(self, ctx: Context) -> None:
-        if self._contexts.get(ctx.id) is not ctx:
-            raise BrokenInvariant("a context is released twice")
+        self._drop(ctx)
         if lib.pt_running(ctx._c):
             lib.pt_stop(self._m, ctx._c)
         self._leave(ctx)
-        del self._contexts[ctx.id]
-        ctx.regs.release()
-        ctx._nr.release()
-        ctx._args.release()
-        lib.pt_ctx_free(self._m, ctx._c)
-        ctx._c = None
+        c = ctx._c
+        ctx._forget()
+        lib.pt_ctx_free(self._m, c)
 
     # -- events
 
@@ -418,34 +397,16 @@ class Tracer(HostSide):
             return ctx
         return self._other(n)
 
-    def _other(self, n: int) -> Context | None:
-        if n >= 0:
-            ctx = self._contexts.get(n & 0xFFFF)
-            if ctx is None:
-                raise BrokenInvariant(f"event of context {n & 0xFFFF}, which is none")
-            event = ctx.event = n >> 16
-            c = ctx._c
-            if event in (EV_FAULT, EV_EXCEPTION, EV_HOST_ERROR):
-                ctx.fault_address = lib.pt_fault_address(c)
-                ctx.error_code = lib.pt_error_code(c)
-                ctx.vector = lib.pt_vector(c)
-                if event == EV_FAULT and self._mended(ctx):
-                    return None
-            return ctx
-        if n == lib.PT_HOST:
-            # All of them are read before the first callback runs: a callback may wait in turn.
-            ready = []
-            i = 0
-            while (packed := lib.pt_host_event(self._m, i)) != 0:
-                ready.append((packed & 0xFFFFFFFF, packed >> 32))
-                i += 1
-            for fd, events in ready:
-                callback = self._watched.get(fd)
-                if callback is not None:
-                    callback(events)
-        elif n < -lib.PT_FAILED:
-            raise HostError("epoll_wait", -n - lib.PT_FAILED - 1)
-        return None
+    def _explain(self, ctx: Context) -> bool:
+        c = ctx._c
+        ctx.fault_address = lib.pt_fault_address(c)
+        ctx.error_code = lib.pt_error_code(c)
+        ctx.vector = lib.pt_vector(c)
+        return ctx.event != EV_FAULT or not self._mended(ctx)
+
+    def _host_event(self, i: int) -> int:
+        packed: int = lib.pt_host_event(self._m, i)
+        return packed
 
     def _mended(self, ctx: Context) -> bool:
         """Completes a fault's error code from the tables. True: the tables grant what was asked for, or may do by now;
@@ -495,8 +456,7 @@ class Tracer(HostSide):
 
     def close(self) -> None:
         """Ends every stub, then the memory."""
-        if getattr(self, "_epoll", None) is not None:
-            self._epoll.close()
+        self._close_host_side()
         if self._lend is not None:
             self._lend.close()
             self._lend = None

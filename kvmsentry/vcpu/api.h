@@ -38,7 +38,8 @@ int ks_set_memslot(struct ks_machine *m, int slot, uint64_t gpa, uint64_t length
 int ks_vcpu_new(struct ks_machine *m, struct ks_vcpu **out, const char **failed);
 int ks_epoll_fd(struct ks_machine *m);
 uint64_t ks_counter(struct ks_machine *m, int which);
-uint64_t ks_vcpu_counter(struct ks_vcpu *v, int which);
+/* Exits for a reason, KS_EXIT_*. */
+uint64_t ks_vcpu_counter(struct ks_vcpu *v, int reason);
 int ks_touch(struct ks_machine *m, uint64_t cr3, const uint64_t *places, int n);
 int ks_flush_tlbs(struct ks_machine *m);
 

@@ -1,21 +1,116 @@
-"""What both platforms share: host descriptors in the wait's epoll, and the vDSO."""
+"""What both platforms share: a context's attributes, which contexts there are, what wait() got that is no system call,
+host descriptors in the wait's epoll, and the vDSO."""
 
 from __future__ import annotations
 
 import errno
+import os
 import select
 from collections.abc import Callable
+from typing import Any
 
-from kvmsentry.errors import HostError
+from kvmsentry.errors import BrokenInvariant, HostError
 
 from ._kvm import ffi, lib
+from .layout import EV_EXCEPTION, EV_FAULT, EV_HOST_ERROR, EV_SYSCALL, NREGS
+
+# What the C wait returns beside event << 16 | id: the same numbers in both api.h.
+HOST: int = lib.KS_HOST  # host descriptors are ready
+FAILED: int = lib.KS_FAILED  # below -FAILED: -FAILED - 1 - errno
+
+
+class ContextState:
+    """What an event left, and whose processor this is: `c` is the platform's C structure, `regs` and `call` are its
+    memory. The attributes of an event hold until the context is answered."""
+
+    __slots__ = ("_args", "_c", "_nr", "args", "error_code", "event", "fault_address", "id", "mmu", "next_mmu", "nr",
+                 "owner", "regs", "vector")  # fmt: skip
+
+    regs: memoryview
+    event: int
+    nr: int
+    args: tuple[int, ...]
+
+    def __init__(self, c: Any, number: int, regs: Any, call: Any) -> None:
+        self._c = c
+        self.id = number
+        self.regs = memoryview(regs).cast("B").cast("Q")
+        words = memoryview(call).cast("B")  # EV_SYSCALL: number and arguments
+        self._nr = words[:8].cast("Q")
+        self._args = words[8:]
+        self.mmu: Any = None
+        self.next_mmu: Any = None
+        self.owner: Any = None
+        self.event = EV_SYSCALL
+        self.nr = 0
+        self.args = ()
+        self.fault_address = self.error_code = self.vector = 0
+
+    def _forget(self) -> None:
+        """Before the C structure is freed."""
+        self.regs.release()
+        self._nr.release()
+        self._args.release()
+        self._c = None
+
+
+REGS_SIZE, CALL_SIZE = NREGS * 8, 7 * 8
 
 
 class HostSide:
-    """`_epoll` is the epoll that the platform's wait sleeps on, `_watched` the callbacks by descriptor."""
+    """A platform's half that does not depend on what runs the guest. The rest: the C wait, `_explain`,
+    `_host_event`."""
 
-    _epoll: select.epoll
-    _watched: dict[int, Callable[[int], None]]
+    def __init__(self) -> None:
+        self._contexts: dict[int, Any] = {}  # by id, from new_context to release
+        self._watched: dict[int, Callable[[int], None]] = {}
+
+    def _sleep_on(self, epoll: int) -> None:
+        """The epoll that the platform's wait sleeps on."""
+        self._epoll = select.epoll.fromfd(os.dup(epoll))
+
+    def _explain(self, ctx: Any) -> bool:
+        """Fills fault_address, error_code and vector in for the event of ctx. False: it was none after all, the context
+        has gone on."""
+        raise NotImplementedError
+
+    def _host_event(self, i: int) -> int:
+        """Ready events << 32 | descriptor of the i-th that the last wait found; 0: there are no more."""
+        raise NotImplementedError
+
+    # Contexts.
+
+    def _keep(self, ctx: Any) -> None:
+        self._contexts[ctx.id] = ctx
+
+    def _drop(self, ctx: Any) -> None:
+        if self._contexts.pop(ctx.id, None) is not ctx:
+            raise BrokenInvariant("a context is released twice")
+
+    # The wait.
+
+    def _other(self, n: int) -> Any:
+        """What wait() does with all but system calls: the context, or None."""
+        if n >= 0:
+            ctx: Any = self._contexts.get(n & 0xFFFF)
+            if ctx is None:
+                raise BrokenInvariant(f"an event of context {n & 0xFFFF}, which is none")
+            event = ctx.event = n >> 16
+            if event in (EV_FAULT, EV_EXCEPTION, EV_HOST_ERROR) and not self._explain(ctx):
+                return None
+            return ctx
+        if n == HOST:
+            # All of them are read before the first callback runs: a callback may wait in turn.
+            ready: list[tuple[int, int]] = []
+            while (packed := self._host_event(len(ready))) != 0:
+                ready.append((packed & 0xFFFFFFFF, packed >> 32))
+            for fd, events in ready:
+                callback = self._watched.get(fd)
+                if callback is not None:
+                    callback(events)
+        elif n < -FAILED:
+            raise HostError("epoll_wait", -n - FAILED - 1)
+        return None
 
     def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
         """Calls callback(ready events) inside wait() when the host's descriptor is ready: as often as it looks while it
@@ -37,6 +132,11 @@ class HostSide:
                 self._epoll.unregister(fd)
             except OSError as error:
                 raise HostError(f"epoll_ctl of descriptor {fd}", error.errno or errno.EIO) from None
+
+    def _close_host_side(self) -> None:
+        epoll = getattr(self, "_epoll", None)
+        if epoll is not None:
+            epoll.close()
 
     def vdso_image(self) -> bytes:
         """The vDSO, an ELF image to be mapped behind its page of parameters (guest_stub/vdso.c)."""

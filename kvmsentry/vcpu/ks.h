@@ -82,7 +82,7 @@ struct ks_vcpu {
 
 	uint8_t *sup;		/* supervisor page */
 	u64 sup_va;
-	u64 kicks, exits, parks;
+	u64 exits[KS_NEXITS];	/* the runner's; the Sentry only reads them */
 	uint8_t xsave[4096] __attribute__((aligned(64)));
 };
 
@@ -113,7 +113,7 @@ struct ks_machine {
 	u64 polled;		/* when the host's descriptors were last looked at */
 	int nhost, host_due, host_held;
 	struct epoll_event host[KS_MAX_HOST_EVENTS];
-	u64 count_sleeps, count_spins, count_events, count_doorbells;
+	u64 count_sleeps, count_spins, count_events, count_doorbells, count_services;
 
 	struct ks_vcpu *service;
 };

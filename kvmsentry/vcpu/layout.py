@@ -28,6 +28,20 @@ EV_FAULT = 1  # page fault: fault_address, error_code
 EV_EXCEPTION = 2  # another exception of the application's: vector, error_code
 EV_KICKED = 3  # Context.kick reached the guest
 EV_HOST_ERROR = 4  # KVM_RUN failed or ended in a way that nothing here asked for: error_code is the host's errno
+NEVENTS = 5
+EVENT_NAMES = ("syscall", "fault", "exception", "kicked", "host_error")
+
+# Why a vCPU left the guest, as the runner counts it. What stays in the host's kernel (a doorbell, a fault that KVM
+# mends itself) is no exit.
+EXIT_PARK = 0  # to sleep until answered
+EXIT_INTERRUPTED = 1  # KVM_RUN: EINTR, EAGAIN, KVM_EXIT_INTR: a kick, a halt, a signal
+EXIT_FAULT = 2  # #PF; only where the entry is in ring 3, else the stub posts it
+EXIT_EXCEPTION = 3  # another vector, likewise
+EXIT_SLOW = 4  # a system call whose GS base is the application's own
+EXIT_PORT = 5  # `out` by the application: #GP
+EXIT_HOST_ERROR = 6  # KVM_RUN failed, or ended in a way that nothing here asked for
+NEXITS = 7
+EXIT_NAMES = ("park", "interrupted", "fault", "exception", "slow", "port", "host_error")
 
 # Selectors as Linux has them, so that signal frames show the usual values (arch/x86/include/asm/segment.h).
 KERNEL_CS = 0x10

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import struct
 import weakref
 from collections.abc import Callable
@@ -19,8 +18,8 @@ from kvmsentry.errors import BrokenInvariant, Errno, HostError
 
 from . import layout
 from ._kvm import ffi, lib
-from .common import HostSide
-from .layout import EV_EXCEPTION, EV_FAULT, EV_HOST_ERROR, EV_SYSCALL, LINEAR_PML4, NREGS, STUB_PML4
+from .common import CALL_SIZE, REGS_SIZE, ContextState, HostSide
+from .layout import EV_SYSCALL, EXIT_NAMES, LINEAR_PML4, STUB_PML4
 from .memory import PAGE, GuestMemory
 from .traits import open_kvm, refusal, traits
 
@@ -44,59 +43,41 @@ class Window:
         self.used = 0
 
 
-class Context:
-    """One guest thread's processor. Attributes of an event hold until the context is answered."""
+class Context(ContextState):
+    """One guest thread's processor, a vCPU."""
 
-    __slots__ = ("_args", "_cpu_before", "_machine", "_nr", "_slot", "_v", "args", "error_code", "event",
-                 "fault_address", "id", "mmu", "next_mmu", "nr", "owner", "regs", "vector")
-
-    regs: memoryview
-    event: int
-    nr: int
-    args: tuple[int, ...]
+    __slots__ = ("_cpu_before", "_machine", "_slot")
 
     def __init__(self, machine: Machine, v: Any) -> None:
+        super().__init__(v, lib.ks_id(v), ffi.buffer(lib.ks_regs(v), REGS_SIZE), ffi.buffer(lib.ks_call(v), CALL_SIZE))
         self._machine = machine
-        self._v = v
-        self.id: int = lib.ks_id(v)
-        self.regs = memoryview(ffi.buffer(ffi.cast("char *", lib.ks_regs(v)), NREGS * 8)).cast("B").cast("Q")
-        call = memoryview(ffi.buffer(ffi.cast("char *", lib.ks_call(v)), 56)).cast("B")
-        self._nr = call[:8].cast("Q")
-        self._args = call[8:]
         self._slot = -1
-        self.mmu: Any = None
-        self.next_mmu: Any = None
-        self.owner: Any = None
         self._cpu_before: int = lib.ks_cpu_ns(v)  # used by earlier contexts
-        self.event = EV_SYSCALL
-        self.nr = 0
-        self.args = ()
-        self.fault_address = self.error_code = self.vector = 0
 
     def reply(self, result: int) -> None:
         """CONTINUE: RAX = result, all else as it was. Also ends a park."""
-        _reply(self._v, result)
+        _reply(self._c, result)
 
     def reload(self) -> None:
         """All 20 registers were rewritten in `regs` (perhaps state and address space too): go on with them."""
         if self.next_mmu is not None:
             self._machine._move(self)
-        _reload(self._v)
+        _reload(self._c)
 
     def park(self) -> None:
         """The answer comes later: the guest leaves its processor, its thread sleeps until reply() or reload()."""
-        lib.ks_park(self._v)
+        lib.ks_park(self._c)
 
     def kick(self) -> None:
         """Makes a context that is with the guest produce an event soon: EV_KICKED, unless another comes first. Nothing
         happens when it is stopped already. From the Sentry thread."""
-        lib.ks_kick(self._v)
+        lib.ks_kick(self._c)
 
     def xsave(self) -> bytes:
         """FPU, SSE, AVX state in XSAVE's standard format (SDM vol. 1, 13.4), xsave_size bytes; while stopped."""
         size = self._machine.xsave_size
         area = bytearray(size)
-        rc = lib.ks_xsave(self._v, ffi.from_buffer(area), size)
+        rc = lib.ks_xsave(self._c, ffi.from_buffer(area), size)
         if rc < 0:
             raise HostError("KVM_GET_XSAVE", -rc)
         return bytes(area)
@@ -104,18 +85,18 @@ class Context:
     def set_xsave(self, data: bytes | None) -> None:
         """Processor state for the next reload(); None is the initial one. What the processor would refuse is masked."""
         if data is None:
-            lib.ks_xinit(self._v)
+            lib.ks_xinit(self._c)
         else:
-            lib.ks_set_xsave(self._v, ffi.from_buffer(data), len(data))
+            lib.ks_set_xsave(self._c, ffi.from_buffer(data), len(data))
 
     def switch(self, mmu: Any) -> None:
         """exec: the next reload() starts in this address space, with the processor state initial."""
         self.next_mmu = mmu
-        lib.ks_xinit(self._v)
+        lib.ks_xinit(self._c)
 
     def cpu_ns(self) -> int:
         """ns of processor time that the vCPU's thread has used for this context."""
-        used: int = lib.ks_cpu_ns(self._v) - self._cpu_before
+        used: int = lib.ks_cpu_ns(self._c) - self._cpu_before
         return used
 
     def release(self) -> None:
@@ -127,6 +108,7 @@ class Machine(HostSide):
     """A KVM virtual machine as a Platform. HostError when the host refuses, with what helps."""
 
     def __init__(self, mmu_factory: Callable[[], Any] | None = None) -> None:
+        super().__init__()
         self.name = "kvm"
         self.mmu_factory = mmu_factory
         self._m: Any = None
@@ -144,15 +126,12 @@ class Machine(HostSide):
             self.close()
             raise
         self.tsc_khz: int = lib.ks_counter(self._m, 6)
-        self._contexts: list[Context | None] = [None] * (layout.MAX_VCPUS + 1)
         self._vcpus: dict[int, Any] = {}
         self._pool: list[Any] = []
         self._windows: dict[int, Window] = {}
         channels = range(layout.GPA_CHANNELS, layout.GPA_CHANNELS + layout.CHANNEL_FRAMES * PAGE, PAGE)
         self._frames = list(reversed(channels))
-        self._watched: dict[int, Callable[[int], None]] = {}
-        self._epoll_fd: int = lib.ks_epoll_fd(self._m)
-        self._epoll = select.epoll.fromfd(os.dup(self._epoll_fd))
+        self._sleep_on(lib.ks_epoll_fd(self._m))
 
     def _make(self) -> None:
         out = ffi.new("struct ks_machine **")
@@ -170,12 +149,13 @@ class Machine(HostSide):
 
     @property
     def counters(self) -> dict[str, int]:
-        """Events and sleeps of the wait, spins, doorbell rings, vCPUs made, and the vCPUs' exits and parks."""
-        names = ("events", "sleeps", "spins", "doorbells", "vcpus")
+        """Events and sleeps of the wait, spins, doorbell rings, vCPUs made, runs of the service vCPU (invalidations);
+        the vCPUs' exits, and as exit_park, exit_fault, ... how many for which reason (layout.EXIT_*)."""
+        names = ("events", "sleeps", "spins", "doorbells", "vcpus", "services")
         counts = {name: lib.ks_counter(self._m, i) for i, name in enumerate(names)}
-        counts["exits"] = sum(lib.ks_vcpu_counter(v, 0) for v in self._vcpus.values())
-        counts["parks"] = sum(lib.ks_vcpu_counter(v, 1) for v in self._vcpus.values())
-        return counts
+        vcpus = self._vcpus.values()
+        exits = {f"exit_{n}": sum(lib.ks_vcpu_counter(v, i) for v in vcpus) for i, n in enumerate(EXIT_NAMES)}
+        return {**counts, "exits": sum(exits.values()), **exits}
 
     def kernel_pml4_entries(self) -> dict[int, int]:
         """{index: entry} that every PML4 must hold: the linear map and the stub, ring 0 only."""
@@ -222,7 +202,7 @@ class Machine(HostSide):
         window.used += 1
         gpa = window.frames[slot]
         base = layout.LINEAR_BASE + gpa if self.ring0 else layout.WINDOW_CHANNELS + slot * PAGE
-        lib.ks_fresh(ctx._v, mmu.cr3, gpa, base)
+        lib.ks_fresh(ctx._c, mmu.cr3, gpa, base)
         ctx.mmu, ctx._slot = mmu, slot
 
     def _leave(self, ctx: Context) -> None:
@@ -235,7 +215,7 @@ class Machine(HostSide):
         mmu, ctx.next_mmu = ctx.next_mmu, None
         if mmu is ctx.mmu:
             return
-        lib.ks_halt(ctx._v)
+        lib.ks_halt(ctx._c)
         self._leave(ctx)
         self._enter(ctx, mmu)
 
@@ -256,7 +236,7 @@ class Machine(HostSide):
             raise
         if regs is not None:
             ctx.regs.cast("B")[:] = regs
-        self._contexts[ctx.id] = ctx
+        self._keep(ctx)
         return ctx
 
     def _new_vcpu(self) -> Any:
@@ -271,12 +251,10 @@ class Machine(HostSide):
         return out[0]
 
     def _release(self, ctx: Context) -> None:
-        if self._contexts[ctx.id] is not ctx:
-            raise BrokenInvariant("a context is released twice")
-        lib.ks_release(ctx._v)
+        self._drop(ctx)
+        lib.ks_release(ctx._c)
         self._leave(ctx)
-        self._contexts[ctx.id] = None
-        self._pool.append(ctx._v)
+        self._pool.append(ctx._c)
 
     # Events.
 
@@ -292,32 +270,16 @@ class Machine(HostSide):
             return ctx
         return self._other(n)
 
-    def _other(self, n: int) -> Context | None:
-        if n >= 0:
-            ctx = self._contexts[n & 0xFFFF]
-            if ctx is None:
-                raise BrokenInvariant(f"event of vCPU {n & 0xFFFF}, which has no context")
-            event = ctx.event = n >> 16
-            v = ctx._v
-            if event in (EV_FAULT, EV_EXCEPTION, EV_HOST_ERROR):
-                ctx.fault_address = lib.ks_fault_address(v)
-                ctx.error_code = lib.ks_error_code(v)
-                ctx.vector = lib.ks_vector(v)
-            return ctx
-        if n == lib.KS_HOST:
-            # All of them are read before the first callback runs: a callback may wait in turn.
-            ready = []
-            i = 0
-            while (packed := lib.ks_host_event(self._m, i)) != 0:
-                ready.append((packed & 0xFFFFFFFF, packed >> 32))
-                i += 1
-            for fd, events in ready:
-                callback = self._watched.get(fd)
-                if callback is not None:
-                    callback(events)
-        elif n < -lib.KS_FAILED:
-            raise HostError("epoll_wait", -n - lib.KS_FAILED - 1)
-        return None
+    def _explain(self, ctx: Context) -> bool:
+        v = ctx._c
+        ctx.fault_address = lib.ks_fault_address(v)
+        ctx.error_code = lib.ks_error_code(v)
+        ctx.vector = lib.ks_vector(v)
+        return True
+
+    def _host_event(self, i: int) -> int:
+        packed: int = lib.ks_host_event(self._m, i)
+        return packed
 
     def wake(self) -> None:
         """From any thread: makes wait() return."""
@@ -346,8 +308,7 @@ class Machine(HostSide):
 
     def close(self) -> None:
         """Ends every vCPU, then the machine and its memory."""
-        if getattr(self, "_epoll", None) is not None:
-            self._epoll.close()
+        self._close_host_side()
         if self._m is not None:
             lib.ks_machine_free(self._m)
             self._m = None

@@ -2,7 +2,7 @@
 /*
  * The runner: one thread a vCPU, which lives in KVM_RUN and comes out to sleep, to fault, or because it was told to.
  *
- * Races, numbered alike in kvmsentry/vcpu/README.md and tests/vcpu:
+ * Races, numbered alike in kvmsentry/vcpu/README.md, tests/vcpu and tests/platforms:
  *   K1  a kick lands in the entry code before the request is out: run on, the system call's event will come
  *   K2  a kick lands while the guest waits for an answer that is not there yet: run on, the event has come or will
  *   K3  a kick lands after the answer, while the exit path restores registers: the registers are known (they are the
@@ -235,8 +235,11 @@ static int on_vector(struct ks_vcpu *v, int vector)
 	u64 address = vector == 14 ? s->cr2 : 0;
 	enum place at;
 
-	if (!(frame[1] & 3))
+	if (!(frame[1] & 3)) {
+		v->exits[KS_EXIT_HOST_ERROR]++;
 		return post(v, KS_EV_HOST_ERROR, vector, EFAULT, s->cr2, NULL);
+	}
+	v->exits[event == KS_EV_FAULT ? KS_EXIT_FAULT : KS_EXIT_EXCEPTION]++;
 	registers_in_ring3(v, r);
 	r[KS_RIP] = frame[0];
 	r[KS_RFLAGS] = frame[2];
@@ -253,7 +256,7 @@ static int on_vector(struct ks_vcpu *v, int vector)
 /* The guest came out to sleep until its request is answered. Returns 1 if something else is asked of the vCPU. */
 static int on_park(struct ks_vcpu *v)
 {
-	v->parks++;
+	v->exits[KS_EXIT_PARK]++;
 	atomic_store(&v->where, KS_STOPPED);
 	for (;;) {
 		u32 owner = atomic_load(&v->owner);
@@ -298,17 +301,20 @@ static int on_port(struct ks_vcpu *v, int port)
 	if (port == KS_PORT_PARK && ours)
 		return on_park(v);
 	if (port == KS_PORT_SLOW && ours && user_mode(v)) {
+		v->exits[KS_EXIT_SLOW]++;
 		registers_in_ring3(v, r);
 		r[KS_RIP] = r[KS_RCX];
 		r[KS_R11] = r[KS_RFLAGS];
 		return post(v, KS_EV_SYSCALL, 0, 0, 0, r);
 	}
 	if (user_mode(v)) {	/* an application that uses our ports: they are closed, as all are */
+		v->exits[KS_EXIT_PORT]++;
 		registers_in_ring3(v, r);
 		return post(v, KS_EV_EXCEPTION, 13, 0, 0, r);
 	}
 	if (port >= KS_PORT_VECTOR && port < KS_PORT_VECTOR + 32)
 		return on_vector(v, port - KS_PORT_VECTOR);
+	v->exits[KS_EXIT_HOST_ERROR]++;
 	return post(v, KS_EV_HOST_ERROR, KVM_EXIT_IO, EPROTO, port, NULL);
 }
 
@@ -318,6 +324,7 @@ static int host_error(struct ks_vcpu *v, int error)
 	u64 r[KS_NREGS], address = ~0ull;
 	int entry = !user_mode(v) || place_of(v, run->s.regs.regs.rip) != OUTSIDE;
 
+	v->exits[KS_EXIT_HOST_ERROR]++;
 #ifdef KVM_EXIT_MEMORY_FAULT
 	if (error == EFAULT && run->exit_reason == KVM_EXIT_MEMORY_FAULT)
 		address = run->memory_fault.gpa;
@@ -380,13 +387,13 @@ static void run_guest(struct ks_vcpu *v)
 		int rc = ioctl(v->fd, KVM_RUN, 0), error = errno;
 
 		run->kvm_dirty_regs = 0;
-		v->exits++;
 		if (rc < 0 && (error == EINTR || error == EAGAIN)) {
 			run->immediate_exit = 0;
 			if (error == EAGAIN && ++again > 1000) {
 				stop = host_error(v, error);
 				continue;
 			}
+			v->exits[KS_EXIT_INTERRUPTED]++;
 			if (atomic_load(&v->halt))
 				break;
 			if (atomic_exchange(&v->kick, 0))
@@ -398,7 +405,9 @@ static void run_guest(struct ks_vcpu *v)
 			stop = host_error(v, error);
 		else if (run->exit_reason == KVM_EXIT_IO && run->io.direction == KVM_EXIT_IO_OUT)
 			stop = on_port(v, run->io.port);
-		else if (run->exit_reason != KVM_EXIT_INTR)
+		else if (run->exit_reason == KVM_EXIT_INTR)
+			v->exits[KS_EXIT_INTERRUPTED]++;
+		else
 			stop = host_error(v, EIO);
 	}
 }

@@ -358,6 +358,7 @@ static int serve(struct ks_machine *m, u64 rip, u64 rdi, u64 rsi, u64 rcx, u64 c
 	struct kvm_run *run = v->run;
 	struct kvm_sregs *s = &run->s.regs.sregs;
 
+	m->count_services++;
 	*s = m->sregs;
 	s->cs = ks_segment(KS_KERNEL_CS, 11, 0, 1);
 	s->ss = ks_segment(KS_KERNEL_DS, 3, 0, 0);
@@ -413,16 +414,14 @@ int ks_epoll_fd(struct ks_machine *m) { return m->epoll; }
 
 uint64_t ks_counter(struct ks_machine *m, int which)
 {
-	u64 c[] = { m->count_events, m->count_sleeps, m->count_spins, m->count_doorbells, m->nvcpus, m->spin.gap, m->tsc_khz };
+	u64 c[] = { m->count_events, m->count_sleeps, m->count_spins, m->count_doorbells, m->nvcpus, m->count_services, m->tsc_khz };
 
 	return c[which];
 }
 
 uint64_t ks_vcpu_counter(struct ks_vcpu *v, int which)
 {
-	u64 c[] = { v->exits, v->parks, v->kicks };
-
-	return c[which];
+	return v->exits[which];
 }
 
 /*

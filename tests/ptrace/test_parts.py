@@ -9,9 +9,12 @@ import pytest
 from capstone import x86_const as x86
 from hypothesis import given
 from hypothesis import strategies as st
+from kvmsentry.ptrace._ptrace import lib as ptrace
+from kvmsentry.vcpu._kvm import lib as kvm
 
 from kvmsentry.ptrace.decode import stores
 from kvmsentry.ptrace.space import merged
+from kvmsentry.vcpu import common
 
 IMPLICIT = {"push", "call", "pushfq", "enter", "stosb", "stosw", "stosd", "stosq", "movsb", "movsw", "movsq", "insb"}
 
@@ -50,3 +53,10 @@ def test_stores_agrees_with_capstone() -> None:
             wrong[insn.mnemonic] += 1
     assert seen > 1000 and real > 50
     assert sum(wrong.values()) <= real // 50, wrong.most_common(12)
+
+
+def test_both_waits_say_it_in_the_same_numbers() -> None:
+    """common.HostSide reads what either returned."""
+    for name in ("TIMEOUT", "HOST", "WOKEN", "FAILED"):
+        assert getattr(kvm, f"KS_{name}") == getattr(ptrace, f"PT_{name}"), name
+    assert (common.HOST, common.FAILED) == (kvm.KS_HOST, kvm.KS_FAILED)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvmsentry.bench import catalogue, host, measure, session, startup, table
+from kvmsentry.bench import catalogue, counters, host, measure, session, startup, table
 from kvmsentry.bench.html import page
 from kvmsentry.bench.platforms import Platform, choose
 from kvmsentry.cli import main as cli
@@ -58,7 +58,8 @@ def facts(**changed: Any) -> dict[str, Any]:
             },
             {"name": "redis", "group": "workloads", "unit": "µs", "what": "r", "results": {}, "left_out": "not there"},
         ],
-        "counters": {"true": {"kvm": {"events": 29, "exits": 3}}},
+        "counters": {"true": {"kvm": {"events": 29, "doorbells": 4, "exits": 3, "exit_park": 2, "exit_fault": 1,
+                     "exit_slow": 0, "seconds": 0.5}}},  # fmt: skip
         "startup": {
             "native": {"total": 2.0, "first": 1.0, "times": 2},
             "kvm": {"total": 90.0, "first": 80.0, "times": 2, "phases": {"python": 50.0, "first": 30.0, "end": 10.0}},
@@ -217,6 +218,37 @@ def test_page_stands_alone_and_escapes() -> None:
     for drawing in drawings:
         xml.dom.minidom.parseString(drawing)
         assert "nan" not in drawing and "inf" not in drawing
+
+
+def test_exits_a_second_by_reason_in_every_report() -> None:
+    found = facts()
+    assert re.search(r"exits a second, kvm +park +fault +doorbells\n +true +4.0 +2.0 +8.0\n", table.text(found))
+    assert "| exits a second, kvm | park | fault | doorbells |" in table.markdown(found)
+    assert "| true | 4.0 | 2.0 | 8.0 |" in table.markdown(found)
+    assert "<th>exits a second, kvm<th>park<th>fault<th>doorbells<tr><td>true<td>4.0<td>2.0<td>8.0" in page(found)
+
+
+def test_counters_of_runs_that_differ() -> None:
+    """One run was cut off before its times were known, another is of ptrace, a third was made by an older version."""
+    made = counters.tables(
+        {
+            "a": {"kvm": {"events": 1, "spins": 7, "exit_port": 5}, "ptrace": {"stop_syscall": 30, "seconds": 2.0}},
+            "b": {"kvm": {"events": 20000, "exits": 3, "exit_port": 0, "exit_host_error": 40, "seconds": 2.0}},
+        }
+    )
+    assert [(t.title, t.columns) for t in made] == [
+        ("counters, kvm", ["events", "spins", "exits"]),
+        ("exits a second, kvm", ["host error", "spins"]),
+        ("stops a second, ptrace", ["syscall"]),
+    ]
+    assert made[0].rows == {"a": ["1", "7", "0"], "b": ["20,000", "0", "3"]} and made[1].rows == {"b": ["20", "0"]}
+    assert made[2].rows == {"a": ["15"]}
+
+
+def test_seconds_of_the_application() -> None:
+    assert counters.with_seconds({"a": 1}, [("python", 5), ("exec", 10**9), ("run", 3 * 10**9)])["seconds"] == 2
+    for marks in (None, [], [("exec", 5)], [("exec", 5), ("run", 5)]):
+        assert counters.with_seconds({"a": 1}, marks) == {"a": 1}
 
 
 @pytest.mark.parametrize("missing", ["benchmarks", "startup", "idle", "counters"])
