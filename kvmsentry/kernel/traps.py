@@ -29,6 +29,8 @@ ERESTARTNOINTR = 513  # always restart
 ERESTARTNOHAND = 514  # restart if no handler runs, else EINTR
 ERESTART_RESTARTBLOCK = 516  # restart through restart_syscall(2) if no handler runs, else EINTR
 
+RESTART_CODES = (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK)
+
 ALL_EVENTS = 0xFFFFFFFF
 
 

@@ -430,7 +430,7 @@ def preadv2(task: Task, fd: Fd, vec: UserPtr, count: Size, pos: Offset, high: Lo
     """preadv2(2): position -1 is the file's own."""
     if pos == -1:
         file = readable(task.files.files.get(fd))
-        _check_rwf(flags)
+        check_rwf(flags)
         iov, total = fetch_iov(task, vec, count)
         if not total:
             return 0
@@ -445,14 +445,15 @@ def _preadv(task: Task, fd: int, vec: int, count: int, pos: int, flags: int) -> 
     iov, total = fetch_iov(task, vec, count)
     if not total:
         return 0
-    _check_rwf(flags)
+    check_rwf(flags)
     n = file.pread(iov_views(task, iov, True), pos)
     if n > 0 and WATCHES:
         accessed(file)
     return n
 
 
-def _check_rwf(flags: int) -> None:
+def check_rwf(flags: int) -> None:
+    """EOPNOTSUPP for unknown RWF_* flags (kiocb_set_rw_flags)."""
     if flags & ~(RWF_HIPRI | RWF_DSYNC | RWF_SYNC | RWF_NOWAIT | RWF_APPEND | RWF_NOAPPEND):
         raise Errno(errno.EOPNOTSUPP)
     if flags & RWF_APPEND and flags & RWF_NOAPPEND:
@@ -471,7 +472,7 @@ def pwritev2(task: Task, fd: Fd, vec: UserPtr, count: Size, pos: Offset, high: L
     if pos != -1:
         return _pwritev(task, fd, vec, count, pos, flags)
     file = writable(task.files.files.get(fd))
-    _check_rwf(flags)
+    check_rwf(flags)
     iov, total = fetch_iov(task, vec, count)
     if flags & RWF_APPEND and file.seekable:
         file.pos = file.inode.size
@@ -488,7 +489,7 @@ def _pwritev(task: Task, fd: int, vec: int, count: int, pos: int, flags: int) ->
     iov, total = fetch_iov(task, vec, count)
     if not total:
         return 0
-    _check_rwf(flags)
+    check_rwf(flags)
     if file.seekable and (flags & RWF_APPEND or (file.flags & O_APPEND and not flags & RWF_NOAPPEND)):
         pos = file.inode.size
     _cut(iov, limit_size(task, file, pos, total))

@@ -217,5 +217,3 @@ def mq_getsetattr(task: Task, mqdes: Fd, new: UserPtr, old: UserPtr) -> int:
     if old:
         task.mm.write(old, MQ_ATTR.pack(before, inode.max_messages, inode.message_size, inode.messages))
     return 0
-
-
