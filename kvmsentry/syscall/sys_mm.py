@@ -67,17 +67,20 @@ def mprotect(task: Task, addr: UserPtr, length: Size, prot: ULong) -> int:
     return 0
 
 
-@syscall(329, partial="only the key -1, which is mprotect")
+# -- protection keys: none, as on processors without PKU
+@syscall(329, note="no protection keys, as on processors without them")
 def pkey_mprotect(task: Task, addr: UserPtr, length: Size, prot: ULong, pkey: Int) -> int:
-    return mprotect(task, addr, length, prot) if pkey == -1 else -errno.EINVAL
+    if pkey != -1 and length and not addr & PAGE_MASK:
+        return -errno.EINVAL
+    return mprotect(task, addr, length, prot)
 
 
-@syscall(330, partial="there are no protection keys: ENOSPC, as on processors without them")
+@syscall(330, note="EINVAL: no protection keys, as on processors without them")
 def pkey_alloc(task: Task, flags: ULong, rights: ULong) -> int:
-    return -errno.EINVAL if flags else -errno.ENOSPC
+    return -errno.EINVAL
 
 
-@syscall(331, partial="there are no protection keys to free")
+@syscall(331, note="EINVAL: no protection keys, as on processors without them")
 def pkey_free(task: Task, pkey: Int) -> int:
     return -errno.EINVAL
 
