@@ -492,7 +492,7 @@ class TmpFile(File):
             inode.size = pos + n
         inode.mtime = inode.ctime = _now()
         if self.strips:
-            inode.setattr(mode=without_set_id(inode.mode))
+            strip(inode)
             self.strips = False
         return n
 
@@ -569,6 +569,15 @@ class TmpFile(File):
             backing = TmpBacking(inode, label)
             inode.paged = weakref.ref(backing)
         return backing
+
+
+def strip(inode: TmpInode) -> None:
+    """A write takes the set-id bits and the capabilities away."""
+    if inode.mode & 0o6000:
+        inode.setattr(mode=without_set_id(inode.mode))
+    xattrs = inode.attributes()
+    if b"security.capability" in xattrs:
+        inode.removexattr(b"security.capability")
 
 
 def zap(kernel: Kernel, backing: Any, offset: int, length: int) -> None:
