@@ -453,6 +453,7 @@ def _reset(task: Task, process: Process, new: _New) -> None:
     process.timers.clear()
     task.altstack = (0, SS_DISABLE, 0)
     task.rseq = None
+    task.thread_keyring = process.keyring = None
     task.restart = None
     task.trap = (0, 0, 0)
     task.comm = new.comm
