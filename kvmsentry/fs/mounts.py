@@ -327,6 +327,15 @@ def _attach(task: Task, mount: Mount, place: Path) -> None:
     namespace_of(task).attach(mount, place)
 
 
+def attach_tree(task: Task, mount: Mount, place: Path) -> None:
+    """Put a mount that is in no namespace, and what hangs below it, at `place` (move_mount(2))."""
+    _attach(task, mount, place)
+    namespace = namespace_of(task)
+    for each in _tree(mount):
+        if each is not mount:
+            namespace.add(each)
+
+
 def mount_bind(task: Task, place: Path, source: Path, flags: int) -> None:
     """What is at `source` also at `place` (MS_BIND, with MS_REC what is mounted below it too)."""
     namespace = namespace_of(task)
