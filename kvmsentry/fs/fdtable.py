@@ -78,6 +78,8 @@ class FdTable:
         any descriptor of a file releases them (fcntl(2))."""
         if file.inode.locks is not None:
             file.inode.locks.closed(self)
+        if file.flushes:
+            file.flush(self)
         file.put()
 
     def copy(self) -> FdTable:

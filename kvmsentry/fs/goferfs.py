@@ -40,6 +40,7 @@ READ_AHEAD = 240 << 10  # bytes of directories that come with one reply, at most
 WALK_PAUSE = 50_000_000  # ns; directories read closer together than this are a walk
 FRESH_NS = 100_000  # attributes this young were fetched by the same system call
 IOV_MAX = 1024  # uapi/linux/uio.h UIO_MAXIOV
+_NOTHING: dict[bytes, bytes] = {}
 _XATTRS = (b"user.", b"security.capability")  # what the Gofer serves
 
 
@@ -66,6 +67,8 @@ class GoferSuper(SuperBlock):
         super().__init__()
         self.kernel, self.private, self.caching, self.readonly = kernel, private, private, readonly
         self.owners = owners
+        # Attributes that the host's file system refused to the image, by path.
+        self.kept: dict[bytes, dict[bytes, bytes]] = getattr(owners, "xattrs", None) or {}
         self.walked = self.walked_at = 0  # directories read without a pause; when the last one was
         self.idle_fds: OrderedDict[GoferInode, None] = OrderedDict()
         self.windows = windows_of(kernel)
@@ -444,6 +447,8 @@ class GoferInode(Inode):
         if not name.startswith(_XATTRS):
             raise Errno(errno.ENODATA)
         kept = self.xattrs
+        if self.sb.kept and name in (extra := self.sb.kept.get(self.path(), _NOTHING)):
+            return extra[name]
         if kept is not None and name in kept:
             value = kept[name]
         else:
@@ -470,11 +475,14 @@ class GoferInode(Inode):
     def listxattr(self) -> list[bytes]:
         """Names."""
         try:
-            return [name for name in self.fid().listxattr() if name.startswith(_XATTRS)]
+            names = [name for name in self.fid().listxattr() if name.startswith(_XATTRS)]
         except Errno as error:
-            if error.errno == errno.EOPNOTSUPP:
-                return []
-            raise
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            names = []
+        if self.sb.kept:
+            names += [name for name in self.sb.kept.get(self.path(), _NOTHING) if name not in names]
+        return names
 
     def removexattr(self, name: bytes) -> None:
         """ENODATA."""

@@ -146,6 +146,13 @@ def _ramfs(kernel: Kernel, options: dict[str, str]) -> SuperBlock:
     return sb
 
 
+def _mqueue(kernel: Kernel, options: dict[str, str]) -> SuperBlock:
+    """The message queues of the first IPC namespace; see mount_new for others."""
+    from kvmsentry.fs.mqueue import first_space
+
+    return first_space(kernel).super
+
+
 def _lazily(module: str, name: str, shared: bool = False) -> Constructor:
     """A type whose class is found in another module when it is first mounted; `shared`: one super block a kernel."""
 
@@ -168,6 +175,7 @@ fstypes: dict[str, Constructor] = {
     "devtmpfs": _lazily("kvmsentry.fs.devfs", "DevSuper", shared=True),
     "devpts": _lazily("kvmsentry.fs.devfs", "pts_super"),
     "proc": _lazily("kvmsentry.fs.procfs", "ProcSuper", shared=True),
+    "mqueue": _mqueue,
     "sysfs": _lazily("kvmsentry.fs.sysfs", "SysSuper", shared=True),
     "cgroup2": _lazily("kvmsentry.fs.sysfs", "CgroupSuper", shared=True),
 }
@@ -184,6 +192,15 @@ def make_super(kernel: Kernel, fstype: str, options: dict[str, str] | None = Non
     if constructor is None:
         raise Errno(errno.ENODEV)
     return constructor(kernel, options or {})
+
+
+def new_super(task: Task, fstype: str, options: dict[str, str]) -> SuperBlock:
+    """`make_super` for what depends on who mounts: a mqueue shows the queues of the task's IPC namespace."""
+    if fstype == "mqueue":
+        from kvmsentry.fs.mqueue import space_of
+
+        return space_of(task).super
+    return make_super(task.kernel, fstype, options)
 
 
 # -- the first tree
@@ -223,6 +240,7 @@ def build(
         (b"/dev", "devtmpfs", MS_NOSUID, {}),
         (b"/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, {}),
         (b"/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, {"mode": "1777"}),
+        (b"/dev/mqueue", "mqueue", MS_NOSUID | MS_NODEV | MS_NOEXEC, {}),
     ):
         try:
             mounted = make_super(kernel, fstype, options)
@@ -295,7 +313,7 @@ def _matching(place: Path, root: Dentry) -> None:
 
 def mount_new(task: Task, place: Path, source: bytes, fstype: str, flags: int, data: bytes) -> None:
     """A file system of type `fstype` at `place`; ENODEV, EINVAL, ENOTDIR, EBUSY."""
-    sb = make_super(task.kernel, fstype, parse_options(data))
+    sb = new_super(task, fstype, parse_options(data))
     if not sb.__dict__.get("mount_count"):
         sb.source = source.decode(errors="backslashreplace") or "none"
     mount = new_mount(sb, flags=flags)
@@ -307,6 +325,15 @@ def _attach(task: Task, mount: Mount, place: Path) -> None:
     if place.dentry.unlinked:
         raise Errno(errno.ENOENT)
     namespace_of(task).attach(mount, place)
+
+
+def attach_tree(task: Task, mount: Mount, place: Path) -> None:
+    """Put a mount that is in no namespace, and what hangs below it, at `place` (move_mount(2))."""
+    _attach(task, mount, place)
+    namespace = namespace_of(task)
+    for each in _tree(mount):
+        if each is not mount:
+            namespace.add(each)
 
 
 def mount_bind(task: Task, place: Path, source: Path, flags: int) -> None:

@@ -48,6 +48,7 @@ from kvmsentry.fs.vfs import (
     walk_parent,
     without_set_id,
 )  # fmt: skip
+from kvmsentry.kernel import filecaps
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.task import Credentials, Task
@@ -238,7 +239,9 @@ def _finish_open(task: Task, place: Path, inode: Inode, flags: int) -> Any:
         if counted:
             inode.writers += 1
             file.counted = True
-            if inode.mode & 0o6000 and not task.creds.capable(CAP_FSETID):
+            if inode.mode & 0o6111 and (
+                (inode.mode & 0o6000 and not task.creds.capable(CAP_FSETID)) or filecaps.of(inode) is not None
+            ):  # capabilities of a file that nobody can execute wait for chmod(2)
                 file.strips = True
         if WATCHES:
             changed(place, inode, IN_OPEN)
@@ -535,6 +538,8 @@ def chown(task: Task, place: Path | None, inode: Inode, uid: int, gid: int) -> N
     mode = None
     if inode.mode & S_IFMT != S_IFDIR and inode.mode & 0o6000:
         mode = without_set_id(inode.mode)
+    if inode.mode & S_IFMT == S_IFREG and filecaps.of(inode) is not None:
+        filecaps.drop(inode)
     inode.setattr(mode=mode, uid=new_uid, gid=new_gid)
     if WATCHES:
         changed(place, inode, IN_ATTRIB)
@@ -563,6 +568,8 @@ def strip_set_id(task: Task, inode: Inode) -> None:
     """A change of data by one who is not privileged takes the set-id bits away (file_remove_privs)."""
     if inode.mode & 0o6000 and not task.creds.capable(CAP_FSETID):
         inode.setattr(mode=without_set_id(inode.mode))
+    if inode.mode & 0o111:
+        filecaps.drop(inode)
 
 
 def truncate_at(task: Task, path: bytes, size: int) -> None:

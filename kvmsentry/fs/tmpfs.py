@@ -10,7 +10,7 @@ import errno
 import stat as st
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
@@ -29,6 +29,8 @@ FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_NO_HIDE_STALE = 1, 2, 4  # uapi/linu
 FALLOC_COLLAPSE_RANGE, FALLOC_ZERO_RANGE, FALLOC_INSERT_RANGE, FALLOC_UNSHARE_RANGE = 8, 16, 32, 64
 
 F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_WRITE, F_SEAL_FUTURE_WRITE = 1, 2, 4, 8, 16  # uapi/linux/fcntl.h
+
+STEP = 1024  # pages that fallocate(2) fills before it asks whether somebody else should run
 
 XATTR_CREATE, XATTR_REPLACE = 1, 2  # uapi/linux/xattr.h
 XATTR_BYTES_SUPER = 16 << 20  # the same for a whole file system
@@ -492,7 +494,7 @@ class TmpFile(File):
             inode.size = pos + n
         inode.mtime = inode.ctime = _now()
         if self.strips:
-            inode.setattr(mode=without_set_id(inode.mode))
+            strip(inode)
             self.strips = False
         return n
 
@@ -528,6 +530,12 @@ class TmpFile(File):
 
     def fallocate(self, mode: int, offset: int, length: int) -> None:
         """fallocate(2): plain, KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, UNSHARE_RANGE; ENOSPC, EFBIG, EPERM, EOPNOTSUPP."""
+        for _ in self.fallocate_steps(mode, offset, length):
+            pass
+
+    def fallocate_steps(self, mode: int, offset: int, length: int) -> Generator[None, None, None]:
+        """`fallocate`, a piece at a time. Closed before its end, it undoes what it did, as shmem_fallocate does, unless
+        somebody else has changed the file meanwhile."""
         inode = self.inode
         if mode & ~(FALLOC_KEEP_SIZE | FALLOC_PUNCH_HOLE | FALLOC_ZERO_RANGE | FALLOC_UNSHARE_RANGE):
             raise Errno(errno.EOPNOTSUPP)
@@ -539,20 +547,30 @@ class TmpFile(File):
             raise Errno(errno.EFBIG)
         if inode.seals & F_SEAL_GROW and end > inode.size and not mode & FALLOC_KEEP_SIZE:
             raise Errno(errno.EPERM)
+        if mode & FALLOC_ZERO_RANGE and inode.seals & (F_SEAL_WRITE | F_SEAL_FUTURE_WRITE):
+            raise Errno(errno.EPERM)
         store = inode.data()
         first, last = offset // PAGE, -(-end // PAGE)
-        before = store.runs(first, last)
-        if last - first > self.inode.sb.pool.available() + store.pages or store.ensure(first, last) < last:
-            page = first
-            for gpa, count in before:  # all or nothing, as shmem_fallocate undoes
-                if gpa < 0:
-                    store.drop(page, page + count)
-                page += count
+        if last - first > inode.sb.pool.available() + store.pages:
             raise Errno(errno.ENOSPC)
-        if mode & FALLOC_ZERO_RANGE:
-            if inode.seals & (F_SEAL_WRITE | F_SEAL_FUTURE_WRITE):
-                raise Errno(errno.EPERM)
-            store.zero(offset, end)
+        holes = [(count, page) for page, gpa, count in _placed(store.runs(first, last), first) if gpa < 0]
+        changed = inode.mtime
+        done = False
+        try:
+            for page in range(first, last, STEP):
+                stop = min(page + STEP, last)
+                if store.ensure(page, stop) < stop:
+                    raise Errno(errno.ENOSPC)
+                yield
+            if mode & FALLOC_ZERO_RANGE:
+                for at in range(offset, end, STEP * PAGE):
+                    store.zero(at, min(at + STEP * PAGE, end))
+                    yield
+            done = True
+        finally:
+            if not done and inode.mtime == changed and not store.mapped:
+                for count, page in holes:
+                    store.drop(page, page + count)
         if end > inode.size:
             if mode & FALLOC_KEEP_SIZE:
                 inode.__dict__["kept"] = True
@@ -569,6 +587,22 @@ class TmpFile(File):
             backing = TmpBacking(inode, label)
             inode.paged = weakref.ref(backing)
         return backing
+
+
+def _placed(runs: list[tuple[int, int]], page: int) -> Iterable[tuple[int, int, int]]:
+    """(first page, gpa, pages) of PageStore.runs from `page` on."""
+    for gpa, count in runs:
+        yield page, gpa, count
+        page += count
+
+
+def strip(inode: TmpInode) -> None:
+    """A write takes the set-id bits and the capabilities away."""
+    if inode.mode & 0o6000:
+        inode.setattr(mode=without_set_id(inode.mode))
+    xattrs = inode.attributes()
+    if b"security.capability" in xattrs:
+        inode.removexattr(b"security.capability")
 
 
 def zap(kernel: Kernel, backing: Any, offset: int, length: int) -> None:

@@ -596,6 +596,7 @@ class File:
     write_all = False  # a blocking write(2) goes on until everything is written: pipes, terminals, stream sockets
     counted = False  # among `inode.writers`
     read_timeout = write_timeout = 0  # ns that read(2), write(2) sleep at most (SO_RCVTIMEO, SO_SNDTIMEO), 0: for ever
+    flushes = False  # `flush(table)` is called whenever one of its descriptors is closed
     strips = False  # writing takes the set-id bits away (should_remove_suid, fs/inode.c)
 
     def __init__(self, inode: Inode, path: Path | None, flags: int) -> None:
@@ -631,6 +632,9 @@ class File:
 
     def release(self) -> None:
         """The last holder is gone."""
+
+    def flush(self, table: Any) -> None:
+        """A descriptor of `table` was closed; only where `flushes`."""
 
     def read(self, views: list[memoryview]) -> int:
         """Read at the file position and move it; returns bytes, 0 at end, -EAGAIN when it would sleep."""

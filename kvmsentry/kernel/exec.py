@@ -26,7 +26,7 @@ from kvmsentry.fs.vfs import (
     permission,
     walk,
 )
-from kvmsentry.kernel import cap, exit, signals
+from kvmsentry.kernel import cap, exit, filecaps, signals
 from kvmsentry.kernel.task import (
     RLIMIT_AS,
     RLIMIT_DATA,
@@ -334,7 +334,7 @@ def set_limits(mm: Any, rlimits: list[tuple[int, int]]) -> None:
 
 def new_credentials(task: Task, place: Path, inode: Inode) -> tuple[Credentials, bool]:
     """Credentials after exec of `inode`, and AT_SECURE (capabilities(7), cap_bprm_creds_from_file in
-    security/commoncap.c). File capabilities are not looked at."""
+    security/commoncap.c). EPERM when the file's capabilities can't all be had."""
     old, process = task.creds, task.process
     euid, egid = old.euid, old.egid
     mode = inode.mode
@@ -345,10 +345,13 @@ def new_credentials(task: Task, place: Path, inode: Inode) -> tuple[Credentials,
             egid = inode.gid
     permitted = 0
     effective = False
-    if not old.securebits & cap.SECBIT_NOROOT:
+    caps = filecaps.of(inode) if not place.mount.flags & MS_NOSUID else None
+    if caps is not None:
+        permitted, effective = filecaps.granted(caps, old.bounding, old.inheritable), caps.effective
+    if not old.securebits & cap.SECBIT_NOROOT and (caps is None or old.uid == 0 or euid != 0):
         if euid == 0 or old.uid == 0:
             permitted = old.bounding | old.inheritable
-        effective = euid == 0
+        effective = effective or euid == 0
     setid = euid != old.euid or egid != old.egid
     if setid or permitted & ~old.permitted:
         shared = task.fs.users > len(process.threads)
@@ -356,7 +359,7 @@ def new_credentials(task: Task, place: Path, inode: Inode) -> tuple[Credentials,
             if process.no_new_privs or not old.capable(cap.SETUID):
                 euid, egid = old.uid, old.gid
             permitted &= old.permitted
-    ambient = 0 if setid else old.ambient
+    ambient = 0 if setid or caps is not None else old.ambient
     permitted |= ambient
     new_effective = permitted if effective else ambient
     secure = setid or (old.uid != 0 and (effective or bool(permitted & ~ambient)))
@@ -450,6 +453,7 @@ def _reset(task: Task, process: Process, new: _New) -> None:
     process.timers.clear()
     task.altstack = (0, SS_DISABLE, 0)
     task.rseq = None
+    task.thread_keyring = process.keyring = None
     task.restart = None
     task.trap = (0, 0, 0)
     task.comm = new.comm
@@ -463,9 +467,15 @@ def _reset(task: Task, process: Process, new: _New) -> None:
 
 
 def _set_credentials(task: Task, process: Process, new: _New) -> None:
-    creds = task.creds = new.creds
+    old, creds = task.creds, new.creds
+    task.creds = creds
     dumpable = 1
-    if creds.euid != creds.uid or creds.egid != creds.gid or new.secure:
+    if (
+        creds.euid != creds.uid
+        or creds.egid != creds.gid
+        or (creds.euid, creds.egid, creds.fsuid, creds.fsgid) != (old.euid, old.egid, old.fsuid, old.fsgid)
+        or creds.permitted & ~old.permitted  # commit_creds
+    ):
         dumpable = 0
     else:
         try:

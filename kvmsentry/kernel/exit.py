@@ -92,6 +92,10 @@ def release_mm(task: Task) -> None:
     futexes, the word at CLONE_CHILD_CLEARTID's address, and a parent in vfork(2)."""
     mm = task.mm
     if mm is not None:
+        if mm.aio is not None and mm.users == 1:
+            from kvmsentry.kernel import aio
+
+            aio.end_space(mm)
         if task.robust_list:
             try:
                 _walk_robust_list(task, mm)

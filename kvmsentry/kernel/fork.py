@@ -220,6 +220,7 @@ def clone(
     child.uts, child.comm, child.blocked = uts, task.comm, task.blocked
     child.timerslack, child.affinity, child.nice = task.timerslack, task.affinity, task.nice
     child.policy, child.seccomp, child.ioprio = task.policy, task.seccomp, task.ioprio
+    child.session_keyring = task.session_keyring
     if not flags & CLONE_VM:
         child.rseq = task.rseq
         child.altstack = task.altstack

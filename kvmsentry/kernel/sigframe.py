@@ -144,8 +144,6 @@ def restore(task: Task) -> int:
     stack = words[2:5]
     values = words[5:23]
     fpstate, mask = words[31], words[32]
-    if values[16] >= TASK_SIZE:
-        raise Errno(errno.EFAULT)
     state = _read_fpstate(task, fpstate) if fpstate else None
     old_flags = regs[RFLAGS]
     for index, value in zip(_ORDER, values, strict=True):

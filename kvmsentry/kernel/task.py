@@ -175,6 +175,7 @@ class Process:
         self.creator: Task | None = None  # the thread that forked it: __WNOTHREAD, PR_SET_PDEATHSIG
         self.unkillable = False  # init: signals without a handler do not reach it
         self.exec_task: Task | None = None  # the thread in execve(2) that waits for the others to die
+        self.keyring: Any = None  # the process keyring, kernel/keys.py
         self.exec_wait = WaitQueue()  # it waits here
         group.processes.add(self)
 
@@ -224,6 +225,8 @@ class Task:
         self.stop_parked = False  # sleeps in a group stop
         self.trap = (0, 0, 0)  # trapno, err and cr2 of the last fault: shown in struct sigcontext
         self.ioprio = 0
+        self.session_keyring: Any = None  # kernel/keys.py
+        self.thread_keyring: Any = None
         process.threads[tid] = self
 
     def signal_pending(self) -> bool:

@@ -24,6 +24,7 @@ class AddressSpace(Advice):
     Not for two threads of the host: the Sentry runs all Python on one.
     """
 
+    aio: Any = None  # kernel/aio.py: contexts by id
     fork_copy_bytes = 8 << 20  # written private memory up to this is copied at fork, the rest becomes copy-on-write
 
     def __init__(self, mmu_factory: Callable[[], PageTables], frames: FrameAllocator, user_top: int = USER_TOP) -> None:

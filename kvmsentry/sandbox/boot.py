@@ -266,6 +266,7 @@ def image_owners(path: str) -> Any:
         entry = owners.entries.get(name)
         return (entry.mode, entry.uid, entry.gid) if entry is not None else nobody_else
 
+    owner.__dict__["xattrs"] = {name: entry.xattrs for name, entry in owners.entries.items() if entry.xattrs}
     return owner
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import stat as st
 import struct
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
@@ -12,10 +13,19 @@ from kvmsentry.fs import dnotify, locks
 from kvmsentry.fs.inotify import modified
 from kvmsentry.fs.memfd import F_SEAL_EXEC, is_memfd, mapped_writable
 from kvmsentry.fs.pipe import PipeFile
-from kvmsentry.fs.tmpfs import F_SEAL_FUTURE_WRITE, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_WRITE, TmpInode
+from kvmsentry.fs.tmpfs import (
+    F_SEAL_FUTURE_WRITE,
+    F_SEAL_GROW,
+    F_SEAL_SEAL,
+    F_SEAL_SHRINK,
+    F_SEAL_WRITE,
+    TmpFile,
+    TmpInode,
+)
 from kvmsentry.fs.vfs import FASYNC, O_APPEND, O_DIRECT, O_NOATIME, O_NONBLOCK, O_PATH, TASK_IO, WATCHES, File
 from kvmsentry.kernel.task import RLIM_INFINITY, RLIMIT_FSIZE, RLIMIT_NOFILE, SigInfo
-from kvmsentry.syscall.sys_io import install, limit_size, writable
+from kvmsentry.kernel.traps import Pace
+from kvmsentry.syscall.sys_io import LONG, install, limit_size, writable
 from kvmsentry.syscall.table import Fd, Int, Offset, Size, UInt, ULong, syscall
 
 if TYPE_CHECKING:
@@ -397,7 +407,7 @@ def ftruncate(task: Task, fd: Fd, length: Offset) -> int:
 
 
 @syscall(285)
-def fallocate(task: Task, fd: Fd, mode: UInt, offset: Offset, length: Offset) -> int:
+def fallocate(task: Task, fd: Fd, mode: UInt, offset: Offset, length: Offset) -> Any:
     """fallocate(2)."""
     file = task.files.get_io(fd)
     if offset < 0 or length <= 0:
@@ -423,7 +433,25 @@ def fallocate(task: Task, fd: Fd, mode: UInt, offset: Offset, length: Offset) ->
         raise Errno(errno.EFBIG)
     if not mode & (keep | punch) and offset + length > file.inode.size:
         limit_size(task, file, offset + length - 1, 1)
+    if length > LONG and isinstance(file, TmpFile):
+        return _fallocate_long(task, file, file.fallocate_steps(mode, offset, length))
     file.fallocate(mode, offset, length)
+    if WATCHES:
+        modified(file)
+    return 0
+
+
+async def _fallocate_long(task: Task, file: TmpFile, steps: Generator[None, None, None]) -> int:
+    """In pieces, between which others run and a signal ends it."""
+    file.get()
+    pace = Pace(task)
+    try:
+        for _ in steps:
+            if pace.due():
+                await pace.rest(errno.EINTR)
+    finally:
+        steps.close()
+        file.put()
     if WATCHES:
         modified(file)
     return 0

@@ -6,14 +6,18 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from typing import Any
 
+from kvmsentry.errors import Errno
 from kvmsentry.kernel import identity
 from kvmsentry.kernel.task import Task
+from kvmsentry.kernel.traps import Pace
 from kvmsentry.syscall.table import Int, Size, UInt, ULong, UserPtr, syscall
 
 UTSNAME = struct.Struct("65s65s65s65s65s65s")  # struct new_utsname
 SYSINFO = struct.Struct("<q3Q6QHH4xQQI4x")  # struct sysinfo, 112 bytes
 CAP_SYS_ADMIN, CAP_SYSLOG, CAP_SYS_BOOT = 21, 34, 22
+RANDOM_PIECE = 1 << 20
 GRND_NONBLOCK, GRND_RANDOM, GRND_INSECURE = 1, 2, 4  # uapi/linux/random.h
 
 
@@ -89,18 +93,41 @@ def sysinfo(task: Task, info: UserPtr) -> int:
 
 
 @syscall(318, note="one source for all flags: the host's urandom, which is ready")
-def getrandom(task: Task, buf: UserPtr, count: Size, flags: UInt) -> int:
+def getrandom(task: Task, buf: UserPtr, count: Size, flags: UInt) -> Any:
     if flags & ~7 or flags & 6 == 6:
         return -errno.EINVAL
     count = min(count, 0x7FFFF000 if not flags & GRND_RANDOM else 512)
     if not count:
         return 0
+    if count > RANDOM_PIECE:
+        return _getrandom_long(task, buf, count)
+    return _random(task, buf, count)
+
+
+def _random(task: Task, buf: int, count: int) -> int:
     done = 0
     for view in task.mm.views(buf, count, True):
-        for start in range(0, len(view), 1 << 20):
-            piece = view[start : start + (1 << 20)]
-            piece[:] = os.urandom(len(piece))
+        view[:] = os.urandom(len(view))
         done += len(view)
+    return done
+
+
+async def _getrandom_long(task: Task, buf: int, count: int) -> int:
+    """In pieces, between which others run and a signal ends it."""
+    pace = Pace(task)
+    done = 0
+    while done < count:
+        try:
+            if pace.due():
+                await pace.rest()
+            n = _random(task, buf + done, min(RANDOM_PIECE, count - done))
+        except Errno:
+            if done:
+                break
+            raise
+        done += n
+        if n < RANDOM_PIECE:
+            break
     return done
 
 

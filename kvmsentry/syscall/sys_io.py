@@ -34,7 +34,7 @@ from kvmsentry.fs.vfs import (
     File,
 )  # fmt: skip
 from kvmsentry.kernel.task import RLIM_INFINITY, RLIMIT_FSIZE, RLIMIT_NOFILE, SigInfo
-from kvmsentry.kernel.traps import ERESTARTSYS, park
+from kvmsentry.kernel.traps import ERESTARTSYS, Pace, park
 from kvmsentry.syscall.table import Fd, Long, Offset, Size, UInt, UserPtr, syscall
 from kvmsentry.vcpu.layout import USER_TOP
 
@@ -45,6 +45,7 @@ MAX_RW_COUNT = 0x7FFFF000  # include/linux/fs.h
 IOV_MAX = 1024  # UIO_MAXIOV, uapi/linux/uio.h
 SSIZE_MAX = (1 << 63) - 1
 BIG = 1 << 20  # more than this is done in pieces, so that a huge buffer is not faulted in for a short read
+LONG = 4 << 20  # more than this may let others run in between
 SIGPIPE, SIGXFSZ = 13, 25
 
 NOT_READ = O_PATH | O_WRONLY | TASK_IO  # a file with none of these is read the short way
@@ -84,13 +85,15 @@ def _read_slow(task: Task, file: File, buf: int, count: int) -> Any:
         return read_views(task, file, lambda done: task.mm.views(buf, count, True) if count else [])
     if not file.seekable:
         return read_views(task, file, lambda done: task.mm.views(buf, BIG, True))
-    return _in_pieces(file, count, lambda done, n: file.read(task.mm.views(buf + done, n, True)))
+    return _in_pieces(task, file, count, lambda done, n: file.read(task.mm.views(buf + done, n, True)))
 
 
-def _in_pieces(file: File, count: int, piece: Callable[[int, int], int]) -> int:
-    """Do `count` bytes in pieces; stops at a short one."""
+def _in_pieces(task: Task, file: File, count: int, piece: Callable[[int, int], int]) -> Any:
+    """Do `count` bytes in pieces; stops at a short one. Long ones let others run in between."""
     done = 0
     while done < count:
+        if done >= LONG:
+            return _in_pieces_on(task, file, count, done, piece)
         want = min(BIG, count - done)
         try:
             n = piece(done, want)
@@ -103,6 +106,26 @@ def _in_pieces(file: File, count: int, piece: Callable[[int, int], int]) -> int:
         done += max(n, 0)
         if n < want:
             break
+    return done
+
+
+async def _in_pieces_on(task: Task, file: File, count: int, done: int, piece: Callable[[int, int], int]) -> int:
+    """`_in_pieces`, after `done` bytes; a signal ends it there."""
+    file.refs += 1
+    pace = Pace(task)
+    try:
+        while done < count:
+            if pace.due():
+                await pace.rest()
+            want = min(BIG, count - done)
+            n = piece(done, want)
+            done += max(n, 0)
+            if n < want:
+                break
+    except Errno:
+        pass  # what was done counts
+    finally:
+        file.put()
     return done
 
 
@@ -170,9 +193,22 @@ def _write_slow(task: Task, file: File, buf: int, count: int) -> Any:
     count = min(count, MAX_RW_COUNT)
     if count and file.seekable:
         count = limit_size(task, file, file.inode.size if file.flags & O_APPEND else file.pos, count)
+        if count > LONG and not file.flags & TASK_IO:
+            return _write_long(task, file, count, lambda done, n: file.write(task.mm.views(buf + done, n, False)))
     return write_views(
         task, file, lambda done: task.mm.views(buf + done, count - done, False) if count else [], count
     )
+
+
+def _write_long(task: Task, file: File, count: int, piece: Callable[[int, int], int]) -> Any:
+    """A long write to a file."""
+    try:
+        result = _in_pieces(task, file, count, piece)
+    except Errno as error:
+        return write_failed(task, error)
+    if WATCHES:
+        modified(file)
+    return result
 
 
 def write_views(task: Task, file: File, fetch: Fetch, count: int, wait: bool = True) -> Any:
@@ -291,7 +327,7 @@ def check_range(buf: int, count: int) -> None:
 
 # -- at a position ---------------------------------------------------------------------------------------------------
 @syscall(17)
-def pread64(task: Task, fd: Fd, buf: UserPtr, count: Size, pos: Offset) -> int:
+def pread64(task: Task, fd: Fd, buf: UserPtr, count: Size, pos: Offset) -> Any:
     """pread(2)."""
     if pos < 0:
         raise Errno(errno.EINVAL)
@@ -300,7 +336,9 @@ def pread64(task: Task, fd: Fd, buf: UserPtr, count: Size, pos: Offset) -> int:
         check_range(buf, count)
         count = min(count, MAX_RW_COUNT)
         if count:
-            return _in_pieces(file, count, lambda done, n: file.pread(task.mm.views(buf + done, n, True), pos + done))
+            return _in_pieces(
+                task, file, count, lambda done, n: file.pread(task.mm.views(buf + done, n, True), pos + done)
+            )
         return file.pread([], pos)
     n = file.pread(task.mm.views(buf, count, True), pos)
     if n > 0 and WATCHES:
@@ -309,7 +347,7 @@ def pread64(task: Task, fd: Fd, buf: UserPtr, count: Size, pos: Offset) -> int:
 
 
 @syscall(18)
-def pwrite64(task: Task, fd: Fd, buf: UserPtr, count: Size, pos: Offset) -> int:
+def pwrite64(task: Task, fd: Fd, buf: UserPtr, count: Size, pos: Offset) -> Any:
     """pwrite(2); with O_APPEND it appends, as on Linux."""
     if pos < 0:
         raise Errno(errno.EINVAL)
@@ -320,6 +358,10 @@ def pwrite64(task: Task, fd: Fd, buf: UserPtr, count: Size, pos: Offset) -> int:
         pos = file.inode.size
     if count and task.process.rlimits[RLIMIT_FSIZE][0] != RLIM_INFINITY:
         count = limit_size(task, file, pos, count)
+    if count > LONG:
+        return _write_long(
+            task, file, count, lambda done, n: file.pwrite(task.mm.views(buf + done, n, False), pos + done)
+        )
     n = file.pwrite(task.mm.views(buf, count, False) if count else [], pos)
     if n > 0 and WATCHES:
         modified(file)
@@ -430,7 +472,7 @@ def preadv2(task: Task, fd: Fd, vec: UserPtr, count: Size, pos: Offset, high: Lo
     """preadv2(2): position -1 is the file's own."""
     if pos == -1:
         file = readable(task.files.files.get(fd))
-        _check_rwf(flags)
+        check_rwf(flags)
         iov, total = fetch_iov(task, vec, count)
         if not total:
             return 0
@@ -445,14 +487,15 @@ def _preadv(task: Task, fd: int, vec: int, count: int, pos: int, flags: int) -> 
     iov, total = fetch_iov(task, vec, count)
     if not total:
         return 0
-    _check_rwf(flags)
+    check_rwf(flags)
     n = file.pread(iov_views(task, iov, True), pos)
     if n > 0 and WATCHES:
         accessed(file)
     return n
 
 
-def _check_rwf(flags: int) -> None:
+def check_rwf(flags: int) -> None:
+    """EOPNOTSUPP for unknown RWF_* flags (kiocb_set_rw_flags)."""
     if flags & ~(RWF_HIPRI | RWF_DSYNC | RWF_SYNC | RWF_NOWAIT | RWF_APPEND | RWF_NOAPPEND):
         raise Errno(errno.EOPNOTSUPP)
     if flags & RWF_APPEND and flags & RWF_NOAPPEND:
@@ -471,7 +514,7 @@ def pwritev2(task: Task, fd: Fd, vec: UserPtr, count: Size, pos: Offset, high: L
     if pos != -1:
         return _pwritev(task, fd, vec, count, pos, flags)
     file = writable(task.files.files.get(fd))
-    _check_rwf(flags)
+    check_rwf(flags)
     iov, total = fetch_iov(task, vec, count)
     if flags & RWF_APPEND and file.seekable:
         file.pos = file.inode.size
@@ -488,7 +531,7 @@ def _pwritev(task: Task, fd: int, vec: int, count: int, pos: int, flags: int) ->
     iov, total = fetch_iov(task, vec, count)
     if not total:
         return 0
-    _check_rwf(flags)
+    check_rwf(flags)
     if file.seekable and (flags & RWF_APPEND or (file.flags & O_APPEND and not flags & RWF_NOAPPEND)):
         pos = file.inode.size
     _cut(iov, limit_size(task, file, pos, total))

@@ -5,23 +5,30 @@ from __future__ import annotations
 import errno
 from typing import Any
 
+from kvmsentry.errors import Errno
 from kvmsentry.fs.vfs import MS_NOEXEC
 from kvmsentry.kernel.task import RLIMIT_MEMLOCK, Task
+from kvmsentry.kernel.traps import Pace
+from kvmsentry.mm.vma import VM_NORESERVE
 from kvmsentry.syscall.table import Fd, Int, Pid, Size, UInt, ULong, UserPtr, syscall
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4  # uapi/asm-generic/mman-common.h
 PROT_GROWSDOWN, PROT_GROWSUP = 0x01000000, 0x02000000
 MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE, MAP_TYPE = 1, 2, 3, 15
-MAP_ANONYMOUS, MAP_HUGETLB, MAP_LOCKED = 0x20, 0x40000, 0x2000
+MAP_ANONYMOUS, MAP_HUGETLB, MAP_LOCKED, MAP_POPULATE, MAP_NONBLOCK = 0x20, 0x40000, 0x2000, 0x8000, 0x10000
+MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23
+MCL_CURRENT, MCL_ONFAULT = 1, 4
+LONG, PIECE = 32 << 20, 4 << 20  # more than LONG is filled in pieces, so that others run in between
 CAP_IPC_LOCK = 14
 PAGE_MASK = 4095
 
 
 @syscall(9)
-def mmap(task: Task, addr: UserPtr, length: Size, prot: ULong, flags: UInt, fd: Fd, offset: ULong) -> int:
+def mmap(task: Task, addr: UserPtr, length: Size, prot: ULong, flags: UInt, fd: Fd, offset: ULong) -> Any:
     if offset & PAGE_MASK or not length:
         return -errno.EINVAL
     kind = flags & MAP_TYPE
+    max_prot = 7
     if flags & MAP_ANONYMOUS:
         if kind not in (MAP_SHARED, MAP_PRIVATE):
             return -errno.EINVAL
@@ -49,8 +56,30 @@ def mmap(task: Task, addr: UserPtr, length: Size, prot: ULong, flags: UInt, fd: 
                 if prot & 2:
                     return -errno.EPERM
                 writable = False
-            return task.mm.mmap(addr, length, prot & 7, flags, backing, offset, max_prot=7 if writable else 5)
-    return task.mm.mmap(addr, length, prot & 7, flags, backing, offset)
+            max_prot = 7 if writable else 5
+    if flags & MAP_POPULATE and length > LONG and not flags & (MAP_LOCKED | MAP_NONBLOCK):
+        where = task.mm.mmap(addr, length, prot & 7, flags & ~MAP_POPULATE, backing, offset, max_prot)
+        return _fill_then(task, [(where, where + length, bool(prot & PROT_WRITE))], where) if prot & 7 else where
+    return task.mm.mmap(addr, length, prot & 7, flags, backing, offset, max_prot)
+
+
+async def _fill_then(task: Task, ranges: list[tuple[int, int, bool]], result: int, quiet: bool = True) -> int:
+    """Touch every page of [(start, end, for writing)], letting others run in between; `result` in the end. What can't
+    be touched is left alone, and a signal ends it, unless not `quiet` (mm_populate)."""
+    pace = Pace(task)
+    for start, end, write in ranges:
+        for at in range(start, end, PIECE):
+            try:
+                if pace.due():
+                    await pace.rest(errno.EINTR)
+                task.mm.madvise(at, min(PIECE, end - at), MADV_POPULATE_WRITE if write else MADV_POPULATE_READ)
+            except Errno as error:
+                if not quiet:
+                    raise
+                if error.errno == errno.EINTR:
+                    return result
+                break
+    return result
 
 
 @syscall(11)
@@ -67,17 +96,20 @@ def mprotect(task: Task, addr: UserPtr, length: Size, prot: ULong) -> int:
     return 0
 
 
-@syscall(329, partial="only the key -1, which is mprotect")
+# -- protection keys: none, as on processors without PKU
+@syscall(329, note="no protection keys, as on processors without them")
 def pkey_mprotect(task: Task, addr: UserPtr, length: Size, prot: ULong, pkey: Int) -> int:
-    return mprotect(task, addr, length, prot) if pkey == -1 else -errno.EINVAL
+    if pkey != -1 and length and not addr & PAGE_MASK:
+        return -errno.EINVAL
+    return mprotect(task, addr, length, prot)
 
 
-@syscall(330, partial="there are no protection keys: ENOSPC, as on processors without them")
+@syscall(330, note="EINVAL: no protection keys, as on processors without them")
 def pkey_alloc(task: Task, flags: ULong, rights: ULong) -> int:
-    return -errno.EINVAL if flags else -errno.ENOSPC
+    return -errno.EINVAL
 
 
-@syscall(331, partial="there are no protection keys to free")
+@syscall(331, note="EINVAL: no protection keys, as on processors without them")
 def pkey_free(task: Task, pkey: Int) -> int:
     return -errno.EINVAL
 
@@ -93,7 +125,10 @@ def brk(task: Task, addr: UserPtr) -> int:
 
 
 @syscall(28)
-def madvise(task: Task, addr: UserPtr, length: Size, advice: Int) -> int:
+def madvise(task: Task, addr: UserPtr, length: Size, advice: Int) -> Any:
+    if advice in (MADV_POPULATE_READ, MADV_POPULATE_WRITE) and length > LONG and not addr & PAGE_MASK:
+        end = addr + length + PAGE_MASK & ~PAGE_MASK
+        return _fill_then(task, [(addr, end, advice == MADV_POPULATE_WRITE)], 0, False)
     task.mm.madvise(addr, length, advice)
     return 0
 
@@ -115,23 +150,34 @@ def _may_lock(task: Task) -> bool:
 
 
 @syscall(149, note="all memory is resident already")
-def mlock(task: Task, addr: UserPtr, length: Size) -> int:
+def mlock(task: Task, addr: UserPtr, length: Size) -> Any:
     return _mlock(task, addr, length, 0)
 
 
 @syscall(325, note="all memory is resident already")
-def mlock2(task: Task, addr: UserPtr, length: Size, flags: UInt) -> int:
+def mlock2(task: Task, addr: UserPtr, length: Size, flags: UInt) -> Any:
     if flags & ~1:
         return -errno.EINVAL
     return _mlock(task, addr, length, flags)
 
 
-def _mlock(task: Task, addr: int, length: int, flags: int) -> int:
+def _mlock(task: Task, addr: int, length: int, flags: int) -> Any:
     if not _may_lock(task):
         return -errno.EPERM
     task.mm.rlimit_memlock = task.rlimit(RLIMIT_MEMLOCK) if not task.creds.capable(CAP_IPC_LOCK) else (1 << 64) - 1
-    task.mm.mlock(addr, length, bool(flags & 1))
+    task.mm.mlock(addr, length, bool(flags & 1) or length > LONG)
+    if length > LONG and not flags & 1:
+        return _fill_then(task, _locked(task, addr & ~PAGE_MASK, addr + length + PAGE_MASK & ~PAGE_MASK), 0)
     return 0
+
+
+def _locked(task: Task, start: int, end: int) -> list[tuple[int, int, bool]]:
+    """What locking [start, end) fills."""
+    return [
+        (max(start, vma.start), min(end, vma.end), bool(vma.prot & PROT_WRITE))
+        for vma in task.mm.tree.range(start, end)
+        if vma.prot and not vma.flags & VM_NORESERVE
+    ]
 
 
 @syscall(150)
@@ -141,12 +187,15 @@ def munlock(task: Task, addr: UserPtr, length: Size) -> int:
 
 
 @syscall(151, note="all memory is resident already")
-def mlockall(task: Task, flags: Int) -> int:
+def mlockall(task: Task, flags: Int) -> Any:
     if not flags or flags & ~7 or flags == 4:
         return -errno.EINVAL
     if not _may_lock(task):
         return -errno.EPERM
     task.mm.rlimit_memlock = task.rlimit(RLIMIT_MEMLOCK) if not task.creds.capable(CAP_IPC_LOCK) else (1 << 64) - 1
+    if flags & MCL_CURRENT and not flags & MCL_ONFAULT and task.mm.total_pages > LONG >> 12:
+        task.mm.mlockall(flags | MCL_ONFAULT)
+        return _fill_then(task, _locked(task, 0, task.mm.user_top), 0)
     task.mm.mlockall(flags)
     return 0
 
@@ -173,8 +222,6 @@ def _nodes(task: Task, nodemask: int, maxnode: int) -> int:
 
 def raise_einval() -> None:
     """EINVAL, as an expression."""
-    from kvmsentry.errors import Errno
-
     raise Errno(errno.EINVAL)
 
 

@@ -641,17 +641,3 @@ def sync(task: Task) -> int:
 def syncfs(task: Task, fd: Fd) -> int:
     task.files.get_io(fd).inode.sb.sync()
     return 0
-
-
-@syscall(303, partial="no file system has handles that outlive a lookup: EOPNOTSUPP")
-def name_to_handle_at(task: Task, dirfd: DirFd, pathname: Path, handle: UserPtr, mount_id: UserPtr, flags: Int) -> int:
-    if flags & ~(AT_SYMLINK_FOLLOW | AT_EMPTY_PATH):
-        return -errno.EINVAL
-    path = task.mm.read_cstring(pathname, PATH_MAX)
-    place_at(task, dirfd, path, bool(flags & AT_SYMLINK_FOLLOW), bool(flags & AT_EMPTY_PATH))
-    return -errno.EOPNOTSUPP
-
-
-@syscall(304, partial="there are no handles to open")
-def open_by_handle_at(task: Task, mount_fd: Fd, handle: UserPtr, flags: Int) -> int:
-    return -errno.EPERM if not task.creds.capable(CAP_DAC_READ_SEARCH) else -errno.ESTALE

@@ -4,7 +4,7 @@ rusage."""
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from struct import Struct
 from typing import Any
 
@@ -29,7 +29,9 @@ from kvmsentry.kernel.exit import (
 )
 from kvmsentry.kernel.fork import CLONE_VFORK, CLONE_VM, CSIGNAL
 from kvmsentry.kernel.task import Process, Task
+from kvmsentry.kernel.traps import Pace
 from kvmsentry.syscall.abi_signal import SIGCHLD
+from kvmsentry.syscall.sys_io import LONG
 from kvmsentry.syscall.table import (
     GONE,
     DirFd,
@@ -318,7 +320,7 @@ def _iovecs(task: Task, address: int, count: int) -> list[tuple[int, int]]:
 
 def _transfer(
     task: Task, pid: int, local: int, local_count: int, remote: int, remote_count: int, flags: int, write: bool
-) -> int:
+) -> Any:
     if flags:
         return -errno.EINVAL
     here = _iovecs(task, local, local_count)
@@ -328,6 +330,16 @@ def _transfer(
     mm, other = task.mm, _other(task, pid).mm
     if other is None:
         return -errno.ESRCH
+    steps = _copy(mm, other, here, there, write)
+    done = 0
+    for done in steps:
+        if done > LONG:
+            return _copy_on(task, steps, done)
+    return done
+
+
+def _copy(mm: Any, other: Any, here: list[tuple[int, int]], there: list[tuple[int, int]], write: bool) -> Iterator[int]:
+    """Copies, a MiB at a time; gives how many bytes are done."""
     done = 0
     here.reverse()
     address, room = here.pop()
@@ -335,7 +347,7 @@ def _transfer(
         while length:
             while not room:
                 if not here:
-                    return done
+                    return
                 address, room = here.pop()
             n = min(length, room, 1 << 20)
             try:
@@ -345,27 +357,40 @@ def _transfer(
                     mm.write(address, other.read(start, n))
             except Errno:
                 if done:
-                    return done
+                    return
                 raise
             done += n
             start += n
             address += n
             length -= n
             room -= n
+            yield done
+
+
+async def _copy_on(task: Task, steps: Iterator[int], done: int) -> int:
+    """The rest of a long copy; a signal ends it where it is."""
+    pace = Pace(task)
+    for copied in steps:
+        done = copied
+        if pace.due():
+            try:
+                await pace.rest()
+            except Errno:
+                break
     return done
 
 
 @syscall(310)
 def process_vm_readv(
     task: Task, pid: Pid, local: UserPtr, local_count: ULong, remote: UserPtr, remote_count: ULong, flags: ULong
-) -> int:
+) -> Any:
     return _transfer(task, pid, local, local_count, remote, remote_count, flags, False)
 
 
 @syscall(311)
 def process_vm_writev(
     task: Task, pid: Pid, local: UserPtr, local_count: ULong, remote: UserPtr, remote_count: ULong, flags: ULong
-) -> int:
+) -> Any:
     return _transfer(task, pid, local, local_count, remote, remote_count, flags, True)
 
 

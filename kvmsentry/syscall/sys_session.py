@@ -130,7 +130,7 @@ def getrlimit(task: Task, resource: UInt, limit: UserPtr) -> int:
     return 0
 
 
-@syscall(160, partial="RLIMIT_CPU, RSS, LOCKS, MSGQUEUE and RTTIME are kept but limit nothing")
+@syscall(160, partial="RLIMIT_CPU, RSS, LOCKS and RTTIME are kept but limit nothing")
 def setrlimit(task: Task, resource: UInt, limit: UserPtr) -> int:
     if resource >= RLIM_NLIMITS:
         return -errno.EINVAL

@@ -16,6 +16,7 @@ from kvmsentry.syscall.abi_signal import (
     IGNORED,
     NSIG_VALID,
     SA_KNOWN,
+    SEGV_MAPERR,
     SI_TKILL,
     SI_USER,
     SIG_BLOCK,
@@ -34,7 +35,7 @@ from kvmsentry.syscall.abi_signal import (
 )
 from kvmsentry.syscall.sys_process import may_trace
 from kvmsentry.syscall.table import RELOAD, Fd, Int, Pid, Signal, Size, UInt, UserPtr, syscall
-from kvmsentry.vcpu.layout import RSP
+from kvmsentry.vcpu.layout import RIP, RSP
 
 TIMESPEC = Struct("<qq")
 POLLIN = 1
@@ -111,6 +112,12 @@ def rt_sigreturn(task: Task) -> Any:
         signals.force(task, SigInfo(SIGSEGV, 0x80, pid=0, uid=0))
         return RELOAD
     signals.set_blocked(task, mask)
+    rip = task.ctx.regs[RIP]
+    if rip >= sigframe.TASK_SIZE:  # nothing can be fetched there: the fault comes now, with all registers loaded
+        if rip >> 47 == 0x1FFFF:
+            signals.fault(task, SIGSEGV, SEGV_MAPERR, rip, 14, 0x15)
+        else:
+            signals.exception(task, 13, 0)
     return RELOAD
 
 

@@ -17,7 +17,7 @@ from kvmsentry.fs.hostfile import HostFile
 from kvmsentry.fs.inotify import accessed, modified
 from kvmsentry.fs.pipe import PIPE_BUF, PipeFile
 from kvmsentry.fs.vfs import O_APPEND, O_NONBLOCK, TASK_IO, WATCHES, File
-from kvmsentry.kernel.traps import WaitQueue, park
+from kvmsentry.kernel.traps import Pace, WaitQueue, park
 from kvmsentry.syscall.sys_io import (
     EAGAIN,
     EPIPE,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 SPLICE_F_NONBLOCK, SPLICE_ALL = 2, 15  # include/linux/splice.h
 CHUNK = 256 << 10
-TURN = 16 << 20  # after so many bytes somebody else may run
+TURN = 4 << 20  # after so many bytes it is looked whether somebody else should run
 
 _loff = struct.Struct("<q")
 _buffer = memoryview(bytearray(CHUNK))  # never holds anything across a sleep
@@ -98,7 +98,7 @@ async def _run_on(
     """`_run`, from where it must sleep (`blocked`) or has had its turn."""
     for file in files:
         file.refs += 1
-    turn = done + TURN
+    pace = Pace(task)
     try:
         try:
             while done < count:
@@ -106,9 +106,8 @@ async def _run_on(
                     queue, mask = blocked
                     assert queue is not None
                     await park(task, "splice", queue, mask=mask)
-                elif done >= turn:
-                    turn = done + TURN
-                    await park(task, "splice", deadline=task.kernel.now())
+                elif pace.due():
+                    await pace.rest()
                 n, blocked = step(count - done)
                 if n > 0:
                     done += n

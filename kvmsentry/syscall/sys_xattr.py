@@ -8,6 +8,7 @@ from kvmsentry.errors import Errno
 from kvmsentry.fs import vfs
 from kvmsentry.fs.ops import IN_ATTRIB, changed, want_write
 from kvmsentry.fs.vfs import FOLLOW, MAY_READ, MAY_WRITE, PATH_MAX, Inode, permission, walk
+from kvmsentry.kernel import filecaps
 from kvmsentry.kernel.task import Task
 from kvmsentry.syscall.table import Fd, Int, Path, Size, UserPtr, syscall
 
@@ -75,6 +76,8 @@ def _set(task: Task, target: tuple[Inode, vfs.Path | None], name: int, value: in
     if place is not None:
         want_write(place.mount)
     _allowed(task, inode, key, MAY_WRITE)
+    if key == filecaps.XATTR:
+        filecaps.check(data)
     inode.setxattr(key, data, flags)
     if vfs.WATCHES:
         changed(place, inode, IN_ATTRIB)

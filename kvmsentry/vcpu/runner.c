@@ -244,6 +244,17 @@ static int on_vector(struct ks_vcpu *v, int vector)
 	r[KS_RIP] = frame[0];
 	r[KS_RFLAGS] = frame[2];
 	r[KS_RSP] = frame[3];
+	if (vector == 1 && !v->m->ring0 && (r[KS_RIP] == STUB_u_entry || r[KS_RIP] == STUB_u_entry_patched)) {
+		/*
+		 * A program that steps through a system call: SFMASK is 0, so TF came along and the entry's first
+		 * instruction was not reached. The registers are whole. As where the kernel's flag mask clears TF, the
+		 * call is made, and the trap comes after the instruction that follows it.
+		 */
+		r[KS_RIP] = r[KS_RIP] == STUB_u_entry ? r[KS_RCX] : r[KS_R11];
+		r[KS_RCX] = r[KS_RIP];
+		r[KS_R11] = r[KS_RFLAGS];
+		return post(v, KS_EV_SYSCALL, 0, 0, 0, r);
+	}
 	at = place_of(v, r[KS_RIP]);
 	if ((at == BEFORE_XRSTOR || at == LEAVING) && atomic_load(&v->owner) == KS_GUEST) {
 		/* Registers that cannot be loaded (a wild RIP, a broken XSAVE image): as if it happened after the return. */

@@ -272,6 +272,7 @@ FILESYSTEMS = "".join(
         "proc",
         "cgroup2",
         "devtmpfs",
+        "mqueue",
         "sockfs",
         "pipefs",
         "devpts",
@@ -290,6 +291,18 @@ CGROUPS = "#subsys_name\thierarchy\tnum_cgroups\tenabled\n" + "".join(
 )
 
 
+def _keys(task: Any) -> str:
+    from kvmsentry.kernel.keys import keys_text
+
+    return keys_text(task)
+
+
+def _key_users(task: Any) -> str:
+    from kvmsentry.kernel.keys import users_text
+
+    return users_text(task)
+
+
 def entries() -> dict[bytes, Any]:
     """The files of this module, for the root of procfs."""
     return {
@@ -303,6 +316,7 @@ def entries() -> dict[bytes, Any]:
         b"diskstats": constant(""), b"misc": constant(""), b"modules": constant(""),
         b"execdomains": constant("0-0\tLinux\t"
         "[kernel]\n"), b"crypto": constant(""), b"iomem": constant("", 0o400), b"ioports": constant("", 0o400),
+        b"keys": text(_keys), b"key-users": text(_key_users),
         b"mounts": link(b"self/mounts"), b"net": link(b"self/net"),
     }  # fmt: skip
 
