@@ -303,9 +303,9 @@ def check() -> None:
     missing = {"busybox": "busybox-static", QEMU: "qemu-system-x86", "ldd": "libc-bin", "dpkg-deb": "dpkg"}
     lacking = [package for program, package in missing.items() if shutil.which(program) is None]
     if lacking:
-        raise Untested(f"apt-get install --no-install-recommends {' '.join(lacking)}")
+        raise Untested(f"this host has no {', '.join(lacking)} (apt-get install --no-install-recommends)")
     if not (ROOT / ".venv/bin/python").exists():
-        raise Untested("hack/setup")
+        raise Untested("this checkout has no .venv (hack/setup)")
     kernel()
 
 
