@@ -70,6 +70,8 @@ class MountNamespace:
 
     def __init__(self, root: Mount, user_ns: UserNamespace = ROOT) -> None:
         self.root, self.user_ns, self.ns_ino = root, user_ns, 0
+        self.users = 1  # tasks' FsContexts, and files that mean it
+        self.permanent = False  # the first one: processes come to it from outside
         self.mounts: dict[Mount, None] = {}
         self.add(root)
 
@@ -84,6 +86,16 @@ class MountNamespace:
             raise Errno(errno.ENOSPC)
         mount.attach(place.mount, place.dentry)
         self.add(mount)
+
+    def put(self) -> None:
+        """A user less: without any, everything is unmounted (put_mnt_ns)."""
+        self.users -= 1
+        if not self.users and not self.permanent:
+            for child in list(self.root.children.values()):
+                self.remove(child)
+            self.mounts.clear()
+            self.root.namespace = None
+            _put_super(self.root.sb)
 
     def remove(self, mount: Mount) -> None:
         """Take `mount` and what hangs below it out of the tree."""
@@ -103,6 +115,9 @@ def _put_super(sb: SuperBlock) -> None:
         release = getattr(sb, "release", None)
         if release is not None:
             release()
+            dentry = sb.__dict__.pop("root_dentry", None)
+            if dentry is not None:
+                dentry.children.clear()  # they hold inodes in cycles; memory must not wait for the collector
 
 
 def new_mount(sb: SuperBlock, root: Dentry | None = None, flags: int = 0) -> Mount:
@@ -245,6 +260,7 @@ def build(
     sb.source = "overlay" if overlay else "root"
     root = new_mount(sb)
     namespace = MountNamespace(root)
+    namespace.permanent = True
     builder = _Builder(kernel, Path(root, root.root))
     for target, fstype, flags, options in (
         (b"/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, {}),
@@ -413,6 +429,9 @@ def mount_bind(task: Task, place: Path, source: Path, flags: int) -> None:
         raise Errno(errno.EINVAL)
     mount = new_mount(source.mount.sb, source.dentry, source.mount.flags)
     mount.locked = source.mount.locked & ~MNT_LOCKED
+    meant: Any = getattr(source.inode, "namespace", None) if mount.sb.fstype == "nsfs" else None
+    if isinstance(meant, MountNamespace):
+        meant.users += 1  # for good: nobody tells when this mount goes
     _attach(task, mount, place)
     if flags & MS_REC:
         _copy_children(source.mount, mount, source.dentry, namespace)
@@ -564,6 +583,7 @@ def copy_namespace(fs: FsContext, user_ns: UserNamespace = ROOT) -> MountNamespa
     assert copy is not None
     fs.root = Path(copies.get(fs.root.mount, copy.root), fs.root.dentry)
     fs.cwd = Path(copies.get(fs.cwd.mount, copy.root), fs.cwd.dentry)
+    namespace.put()  # `fs` was one of its users
     return copy
 
 

@@ -337,8 +337,19 @@ class FsContext:
         self.root, self.cwd, self.umask = root, cwd, umask
         self.users = 1
 
+    def put(self) -> None:
+        """A task less; with the last one in a mount namespace below the first, its mounts go."""
+        self.users -= 1
+        if not self.users:
+            namespace = self.root.mount.namespace
+            if namespace is not None:
+                namespace.put()
+
     def copy(self) -> FsContext:
         """For fork without CLONE_FS."""
+        namespace = self.root.mount.namespace
+        if namespace is not None:
+            namespace.users += 1
         return FsContext(self.root, self.cwd, self.umask)
 
 

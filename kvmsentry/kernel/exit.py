@@ -69,7 +69,7 @@ def do_exit(task: Task, status: int) -> None:
         task.ctx.owner = None
         task.ctx = None
     drop_mm(task)
-    task.fs.users -= 1
+    task.fs.put()
     task.sighand.users -= 1
     del process.threads[task.tid]
     kernel.tasks.pop(task.tid, None)

@@ -162,6 +162,8 @@ def clone(
     except BaseException:
         if ctx is not None:
             ctx.release()
+        if not flags & CLONE_FS:
+            fs.put()
         mm.users -= 1
         if not mm.users:
             mm.destroy()

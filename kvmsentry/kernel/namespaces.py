@@ -110,8 +110,13 @@ def _made(
 
 def for_child(task: Task, fs: FsContext, flags: int) -> tuple[Credentials, UtsNamespace, NsProxy]:
     """What a child made with CLONE_NEW* starts with; `fs` is its own. EPERM, EINVAL, ENOSPC."""
-    creds = userns.create(task) if flags & CLONE_NEWUSER else task.creds
-    uts, ns = _made(task, creds, fs, flags, task.ns.pid_for_children)
+    try:
+        creds = userns.create(task) if flags & CLONE_NEWUSER else task.creds
+        uts, ns = _made(task, creds, fs, flags, task.ns.pid_for_children)
+    except Errno:
+        if fs is not task.fs:
+            fs.put()
+        raise
     return creds, uts, ns
 
 
@@ -123,7 +128,7 @@ def unshare(task: Task, flags: int) -> None:
     fs = task.fs.copy() if flags & (CLONE_NEWNS | CLONE_NEWUSER | CLONE_FS) and task.fs.users > 1 else task.fs
     uts, ns = _made(task, creds, fs, flags, task.ns.pid_for_children)
     if fs is not task.fs:
-        task.fs.users -= 1
+        task.fs.put()
         task.fs = fs
     task.creds, task.uts, task.ns = creds, uts, ns
 
@@ -194,7 +199,10 @@ def enter(task: Task, wanted: list[Any]) -> int:
     if mnt is not None:
         from kvmsentry.fs.vfs import Path
 
-        mount = mnt.root
+        mount, old = mnt.root, task.fs.root.mount.namespace
+        mnt.users += 1
+        if old is not None:
+            old.put()
         task.fs.root = task.fs.cwd = Path(mount, mount.root)
     if "ipc" in changes:
         from kvmsentry.kernel import sysvipc

@@ -197,6 +197,16 @@ def ns_path(namespace: Any) -> Path:
 class NsFile(File):
     """An open namespace."""
 
+    def __init__(self, inode: Inode, path: Path | None, flags: int) -> None:
+        super().__init__(inode, path, flags)
+        if self.namespace.kind == b"mnt":
+            self.namespace.users += 1
+
+    def release(self) -> None:
+        """A mount namespace without tasks may go now."""
+        if self.namespace.kind == b"mnt":
+            self.namespace.put()
+
     @property
     def namespace(self) -> Any:
         """The namespace itself."""
