@@ -34,6 +34,7 @@ from kvmsentry.fs.vfs import (
     walk,
 )  # fmt: skip
 from kvmsentry.kernel.task import Credentials
+from kvmsentry.kernel.userns import ROOT, UserNamespace, capable, kgid, kuid
 
 if TYPE_CHECKING:
     from kvmsentry.gofer.client import Client
@@ -46,6 +47,9 @@ MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 24, 1 << 25  # uapi/lin
 KEPT_FLAGS = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME | MS_NODIRATIME | MS_NOSYMFOLLOW
 PROPAGATION = MS_UNBINDABLE | MS_PRIVATE | MS_SLAVE | MS_SHARED
 MNT_FORCE, MNT_DETACH, MNT_EXPIRE, UMOUNT_NOFOLLOW = 1, 2, 4, 8
+CAP_SYS_ADMIN = 21  # uapi/linux/capability.h
+LOCKABLE = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME | MS_NODIRATIME
+MNT_LOCKED = 1 << 30
 MOUNTS_MOST = 100_000  # fs.mount-max
 
 S_IFMT, S_IFDIR = 0o170000, 0o040000
@@ -62,8 +66,12 @@ class MountNamespace:
     """One tree of mounts. `root` is the mount that everything hangs below; `mounts` are all of them in order of
     mounting."""
 
-    def __init__(self, root: Mount) -> None:
-        self.root = root
+    kind = b"mnt"
+
+    def __init__(self, root: Mount, user_ns: UserNamespace = ROOT) -> None:
+        self.root, self.user_ns, self.ns_ino = root, user_ns, 0
+        self.users = 1  # tasks' FsContexts, and files that mean it
+        self.permanent = False  # the first one: processes come to it from outside
         self.mounts: dict[Mount, None] = {}
         self.add(root)
 
@@ -78,6 +86,16 @@ class MountNamespace:
             raise Errno(errno.ENOSPC)
         mount.attach(place.mount, place.dentry)
         self.add(mount)
+
+    def put(self) -> None:
+        """A user less: without any, everything is unmounted (put_mnt_ns)."""
+        self.users -= 1
+        if not self.users and not self.permanent:
+            for child in list(self.root.children.values()):
+                self.remove(child)
+            self.mounts.clear()
+            self.root.namespace = None
+            _put_super(self.root.sb)
 
     def remove(self, mount: Mount) -> None:
         """Take `mount` and what hangs below it out of the tree."""
@@ -97,6 +115,9 @@ def _put_super(sb: SuperBlock) -> None:
         release = getattr(sb, "release", None)
         if release is not None:
             release()
+            dentry = sb.__dict__.pop("root_dentry", None)
+            if dentry is not None:
+                dentry.children.clear()  # they hold inodes in cycles; memory must not wait for the collector
 
 
 def new_mount(sb: SuperBlock, root: Dentry | None = None, flags: int = 0) -> Mount:
@@ -195,12 +216,19 @@ def make_super(kernel: Kernel, fstype: str, options: dict[str, str] | None = Non
 
 
 def new_super(task: Task, fstype: str, options: dict[str, str]) -> SuperBlock:
-    """`make_super` for what depends on who mounts: a mqueue shows the queues of the task's IPC namespace."""
+    """`make_super` for what depends on who mounts: a mqueue shows the queues of the task's IPC namespace, proc the
+    processes of its PID namespace, and a tmpfs belongs to it. EPERM: see _may_mount_type."""
+    _may_mount_type(task, fstype)
+    if fstype == "proc" and task.process.numbers:
+        return _proc_of(task)
     if fstype == "mqueue":
         from kvmsentry.fs.mqueue import space_of
 
         return space_of(task).super
-    return make_super(task.kernel, fstype, options)
+    sb = make_super(task.kernel, fstype, _own_options(task, fstype, options))
+    if not sb.__dict__.get("mount_count"):
+        sb.__dict__["user_ns"] = task.creds.user_ns  # whose root may change its options
+    return sb
 
 
 # -- the first tree
@@ -232,6 +260,7 @@ def build(
     sb.source = "overlay" if overlay else "root"
     root = new_mount(sb)
     namespace = MountNamespace(root)
+    namespace.permanent = True
     builder = _Builder(kernel, Path(root, root.root))
     for target, fstype, flags, options in (
         (b"/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, {}),
@@ -320,6 +349,51 @@ def mount_new(task: Task, place: Path, source: bytes, fstype: str, flags: int, d
     _attach(task, mount, place)
 
 
+USER_MOUNTABLE = {"tmpfs", "ramfs", "proc", "sysfs", "devpts", "mqueue", "cgroup2"}  # FS_USERNS_MOUNT
+
+
+def _may_mount_type(task: Task, fstype: str) -> None:
+    """EPERM unless CAP_SYS_ADMIN is held where the type asks for it (mount_capable in fs/super.c): proc in the user
+    namespace of the PID namespace, sysfs in that of the network, others in any."""
+    creds = task.creds
+    if creds.user_ns is ROOT or fstype not in fstypes:
+        return  # the caller has looked at CAP_SYS_ADMIN
+    if fstype not in USER_MOUNTABLE:
+        raise Errno(errno.EPERM)
+    from kvmsentry.kernel.sysvipc import namespace
+
+    owners = {"proc": task.process.pid_ns, "sysfs": task.ns.net, "cgroup2": task.ns.cgroup, "mqueue": namespace(task)}
+    owner = owners[fstype].user_ns if fstype in owners else creds.user_ns
+    if not capable(creds, owner, CAP_SYS_ADMIN):
+        raise Errno(errno.EPERM)
+
+
+def _own_options(task: Task, fstype: str, options: dict[str, str]) -> dict[str, str]:
+    """The options of a tmpfs with ids of the first user namespace. Its root belongs to whoever mounts it
+    (shmem_get_inode)."""
+    creds = task.creds
+    if fstype != "tmpfs" or (creds.user_ns is ROOT and not creds.fsuid and not creds.fsgid):
+        return options
+    made = {"uid": str(creds.fsuid), "gid": str(creds.fsgid)}
+    for name, translate in (("uid", kuid), ("gid", kgid)):
+        if name in options:
+            if not options[name].isdigit():
+                raise Errno(errno.EINVAL)
+            made[name] = str(translate(creds, int(options[name])))
+    return {**options, **made}
+
+
+def _proc_of(task: Task) -> SuperBlock:
+    """The procfs of the task's PID namespace, which is not the first."""
+    from kvmsentry.fs.procfs import ProcSuper
+
+    space = task.process.pid_ns
+    sb: SuperBlock | None = space.proc_super
+    if sb is None:
+        sb = space.proc_super = ProcSuper(task.kernel, space)
+    return sb
+
+
 def _attach(task: Task, mount: Mount, place: Path) -> None:
     _matching(place, mount.root)
     if place.dentry.unlinked:
@@ -336,12 +410,28 @@ def attach_tree(task: Task, mount: Mount, place: Path) -> None:
             namespace.add(each)
 
 
+def has_locked_children(source: Path) -> bool:
+    """Is something mounted below that must go on covering what is there?"""
+    return any(
+        child.locked & MNT_LOCKED and _dentry_below(dentry, source.dentry)
+        for dentry, child in source.mount.children.items()
+    )
+
+
 def mount_bind(task: Task, place: Path, source: Path, flags: int) -> None:
     """What is at `source` also at `place` (MS_BIND, with MS_REC what is mounted below it too)."""
     namespace = namespace_of(task)
-    if source.mount.namespace is not namespace or place.mount.namespace is not namespace:
+    if place.mount.namespace is not namespace:
+        raise Errno(errno.EINVAL)
+    if source.mount.namespace is not namespace and source.mount.sb.fstype != "nsfs":
+        raise Errno(errno.EINVAL)
+    if not flags & MS_REC and has_locked_children(source):
         raise Errno(errno.EINVAL)
     mount = new_mount(source.mount.sb, source.dentry, source.mount.flags)
+    mount.locked = source.mount.locked & ~MNT_LOCKED
+    meant: Any = getattr(source.inode, "namespace", None) if mount.sb.fstype == "nsfs" else None
+    if isinstance(meant, MountNamespace):
+        meant.users += 1  # for good: nobody tells when this mount goes
     _attach(task, mount, place)
     if flags & MS_REC:
         _copy_children(source.mount, mount, source.dentry, namespace)
@@ -352,6 +442,7 @@ def _copy_children(old: Mount, new: Mount, below: Dentry | None, namespace: Moun
         if child is new or (below is not None and not _dentry_below(dentry, below)):
             continue
         copy = new_mount(child.sb, child.root, child.flags)
+        copy.locked = child.locked
         namespace.attach(copy, Path(new, dentry))
         _copy_children(child, copy, None, namespace)
 
@@ -370,6 +461,10 @@ def remount(task: Task, place: Path, flags: int, data: bytes) -> None:
     mount = place.mount
     if place.dentry is not mount.root:
         raise Errno(errno.EINVAL)
+    if mount.locked & LOCKABLE & ~flags:
+        raise Errno(errno.EPERM)  # can_change_locked_flags
+    if not flags & MS_BIND and not capable(task.creds, mount.sb.__dict__.get("user_ns", ROOT), CAP_SYS_ADMIN):
+        raise Errno(errno.EPERM)
     if not flags & MS_BIND and data and hasattr(mount.sb, "configure"):
         options = parse_options(data)
         mount.sb.configure(options)
@@ -380,7 +475,7 @@ def remount(task: Task, place: Path, flags: int, data: bytes) -> None:
 def move(task: Task, place: Path, source: Path) -> None:
     """MS_MOVE: EINVAL when `source` is no mount's root or is the root, ELOOP when `place` is below it."""
     mount = source.mount
-    if source.dentry is not mount.root or mount.parent is None:
+    if source.dentry is not mount.root or mount.parent is None or mount.locked & MNT_LOCKED:
         raise Errno(errno.EINVAL)
     _matching(place, mount.root)
     above: Mount | None = place.mount
@@ -413,6 +508,8 @@ def unmount(task: Task, place: Path, flags: int) -> None:
     """umount2(2): EINVAL, EBUSY, EAGAIN (MNT_EXPIRE)."""
     mount = place.mount
     if place.dentry is not mount.root or mount.parent is None or mount.namespace is not namespace_of(task):
+        raise Errno(errno.EINVAL)
+    if mount.locked & MNT_LOCKED:
         raise Errno(errno.EINVAL)
     if flags & MNT_EXPIRE:
         if flags & (MNT_FORCE | MNT_DETACH):
@@ -462,8 +559,10 @@ def pivot_root(task: Task, new: Path, old: Path) -> None:
             fs.cwd = Path(new_root, new_root.root)
 
 
-def copy_namespace(fs: FsContext) -> MountNamespace:
-    """CLONE_NEWNS: a copy of the namespace in which `fs` (the new task's own) finds its paths from now on."""
+def copy_namespace(fs: FsContext, user_ns: UserNamespace = ROOT) -> MountNamespace:
+    """CLONE_NEWNS: a copy of the namespace in which `fs` (the new task's own) finds its paths from now on. One for a
+    less privileged user namespace cannot take its mounts apart or undo their restrictions
+    (mount_namespaces(7), "Restrictions on mount namespaces")."""
     namespace: MountNamespace | None = fs.root.mount.namespace
     if namespace is None:
         raise Errno(errno.EINVAL)
@@ -471,9 +570,12 @@ def copy_namespace(fs: FsContext) -> MountNamespace:
     copy: MountNamespace | None = None
     for mount in _tree(namespace.root):
         twin = new_mount(mount.sb, mount.root, mount.flags)
+        twin.locked = mount.locked
+        if user_ns is not namespace.user_ns:
+            twin.locked |= mount.flags & LOCKABLE | (MNT_LOCKED if copy is not None else 0)
         copies[mount] = twin
         if copy is None:
-            copy = MountNamespace(twin)
+            copy = MountNamespace(twin, user_ns)
         else:
             assert mount.parent is not None and mount.mountpoint is not None
             twin.attach(copies[mount.parent], mount.mountpoint)
@@ -481,6 +583,7 @@ def copy_namespace(fs: FsContext) -> MountNamespace:
     assert copy is not None
     fs.root = Path(copies.get(fs.root.mount, copy.root), fs.root.dentry)
     fs.cwd = Path(copies.get(fs.cwd.mount, copy.root), fs.cwd.dentry)
+    namespace.put()  # `fs` was one of its users
     return copy
 
 
@@ -530,7 +633,7 @@ def mountinfo_text(task: Task) -> bytes:
     for mount, path in _visible(task):
         sb = mount.sb
         top = mount
-        shown = (
+        shown = mount.root.inode.text() if sb.fstype == "nsfs" else (  # type: ignore[union-attr]
             path_of(Path(top, mount.root), Path(top, mount.root))
             if mount.root.parent is mount.root
             else _in_tree(mount.root)

@@ -398,10 +398,7 @@ def space_in(kernel: Kernel, ipc: sysvipc.IpcNamespace) -> QueueSpace:
 
 def first_space(kernel: Kernel) -> QueueSpace:
     """The queues of the namespace that the sandbox boots with."""
-    ipc: sysvipc.IpcNamespace | None = getattr(kernel, "ipc", None)
-    if ipc is None:
-        ipc = kernel.__dict__["ipc"] = sysvipc.IpcNamespace()
-    return space_in(kernel, ipc)
+    return space_in(kernel, sysvipc.first(kernel))
 
 
 def space_of(task: Any) -> QueueSpace:

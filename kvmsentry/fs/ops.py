@@ -49,6 +49,7 @@ from kvmsentry.fs.vfs import (
     without_set_id,
 )  # fmt: skip
 from kvmsentry.kernel import filecaps
+from kvmsentry.kernel.userns import ROOT, inode_capable, kgid, kuid, maps_inode
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.task import Credentials, Task
@@ -74,7 +75,7 @@ def want_write(mount: Mount) -> None:
 
 def owner_or_capable(inode: Inode, creds: Credentials) -> bool:
     """inode_owner_or_capable: may `creds` do what only the owner may?"""
-    return creds.fsuid == inode.uid or bool(creds.effective & CAP_FOWNER)
+    return creds.fsuid == inode.uid or (bool(creds.effective & CAP_FOWNER) and maps_inode(creds.user_ns, inode))
 
 
 def in_group(gid: int, creds: Credentials) -> bool:
@@ -97,7 +98,7 @@ def _may_delete(directory: Inode, victim: Inode, creds: Credentials, as_director
         directory.mode & st.S_ISVTX
         and creds.fsuid != victim.uid
         and creds.fsuid != directory.uid
-        and not creds.effective & CAP_FOWNER
+        and not (creds.effective & CAP_FOWNER and maps_inode(creds.user_ns, victim))
     ):
         raise Errno(errno.EPERM)
     if as_directory:
@@ -240,7 +241,8 @@ def _finish_open(task: Task, place: Path, inode: Inode, flags: int) -> Any:
             inode.writers += 1
             file.counted = True
             if inode.mode & 0o6111 and (
-                (inode.mode & 0o6000 and not task.creds.capable(CAP_FSETID)) or filecaps.of(inode) is not None
+                (inode.mode & 0o6000 and not inode_capable(task.creds, inode, CAP_FSETID))
+                or filecaps.of(inode) is not None
             ):  # capabilities of a file that nobody can execute wait for chmod(2)
                 file.strips = True
         if WATCHES:
@@ -514,7 +516,7 @@ def chmod(task: Task, place: Path | None, inode: Inode, mode: int) -> None:
     if not owner_or_capable(inode, creds):
         raise Errno(errno.EPERM)
     mode &= 0o7777
-    if mode & st.S_ISGID and not in_group(inode.gid, creds) and not creds.capable(CAP_FSETID):
+    if mode & st.S_ISGID and not in_group(inode.gid, creds) and not inode_capable(creds, inode, CAP_FSETID):
         mode &= ~st.S_ISGID
     inode.setattr(mode=mode)
     if WATCHES:
@@ -528,7 +530,10 @@ def chown(task: Task, place: Path | None, inode: Inode, uid: int, gid: int) -> N
     creds = task.creds
     new_uid = None if uid == 0xFFFFFFFF else uid
     new_gid = None if gid == 0xFFFFFFFF else gid
-    if not creds.capable(CAP_CHOWN):
+    if creds.user_ns is not ROOT:
+        new_uid = None if new_uid is None else kuid(creds, new_uid)
+        new_gid = None if new_gid is None else kgid(creds, new_gid)
+    if not inode_capable(creds, inode, CAP_CHOWN):
         if new_uid is not None and not (creds.fsuid == inode.uid == new_uid):
             raise Errno(errno.EPERM)
         if new_gid is not None and not (
@@ -566,7 +571,7 @@ def set_times(task: Task, place: Path | None, inode: Inode, times: tuple[int | N
 
 def strip_set_id(task: Task, inode: Inode) -> None:
     """A change of data by one who is not privileged takes the set-id bits away (file_remove_privs)."""
-    if inode.mode & 0o6000 and not task.creds.capable(CAP_FSETID):
+    if inode.mode & 0o6000 and not inode_capable(task.creds, inode, CAP_FSETID):
         inode.setattr(mode=without_set_id(inode.mode))
     if inode.mode & 0o111:
         filecaps.drop(inode)

@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs.proc import links, memory, net, process, sysctl, system
+from kvmsentry.fs.proc import idmaps, links, memory, net, process, sysctl, system
 from kvmsentry.fs.proc.nodes import KernelSuper, LinkInode, TextInode, TreeInode
 from kvmsentry.fs.vfs import DT_DIR, DT_LNK, DT_REG, Inode, SuperBlock
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.kernel import Kernel
+    from kvmsentry.kernel.pidns import PidNamespace
     from kvmsentry.kernel.task import Process, Task
 
 PROC_SUPER_MAGIC = 0x9FA0  # uapi/linux/magic.h
@@ -34,8 +35,6 @@ def _fixed(value: str) -> Show:
     return lambda reader, target: value
 
 
-_ID_MAP = "         0          0 4294967295\n"
-
 # name: (mode, text(reader, target), store(writer, target, data))
 FILES: dict[bytes, tuple[int, Show, Take | None]] = {
     b"auxv": (0o400, memory.auxv, None),
@@ -46,7 +45,6 @@ FILES: dict[bytes, tuple[int, Show, Take | None]] = {
     b"coredump_filter": (0o644, process.coredump_filter, process.set_coredump_filter),
     b"cpuset": (0o444, _fixed("/\n"), None),
     b"environ": (0o400, memory.environ, None),
-    b"gid_map": (0o444, _fixed(_ID_MAP), None),
     b"io": (0o400, process.io, None),
     b"limits": (0o444, process.limits, None),
     b"loginuid": (0o644, process.loginuid, process.set_loginuid),
@@ -58,24 +56,20 @@ FILES: dict[bytes, tuple[int, Show, Take | None]] = {
     b"oom_score": (0o444, process.oom_score, None),
     b"oom_score_adj": (0o644, process.oom_score_adj, process.set_oom_score_adj),
     b"personality": (0o400, process.personality, None),
-    b"projid_map": (0o444, _fixed(_ID_MAP), None),
     b"sched": (0o444, process.sched, None),
     b"schedstat": (0o444, process.schedstat, None),
     b"sessionid": (0o444, _fixed("4294967295"), None),
-    b"setgroups": (0o444, _fixed("allow\n"), None),
     b"smaps": (0o444, memory.smaps, None),
     b"smaps_rollup": (0o444, memory.smaps_rollup, None),
     b"stack": (0o400, process.stack, None),
-    b"stat": (0o444, process.stat, None),
     b"statm": (0o444, memory.statm, None),
-    b"status": (0o444, process.status, None),
     b"syscall": (0o400, process.syscall, None),
     b"timers": (0o444, process.timers, None),
     b"timerslack_ns": (0o666, process.timerslack, process.set_timerslack),
-    b"uid_map": (0o444, _fixed(_ID_MAP), None),
     b"wchan": (0o444, process.wchan, None),
 }
-_ONLY_PROCESS = frozenset((b"mountstats", b"coredump_filter", b"timers", b"timerslack_ns"))
+_NUMBERED = {b"stat": process.stat, b"status": process.status}  # they show pids: those of the mount's namespace
+_ONLY_PROCESS = frozenset((*idmaps.NAMES, b"mountstats", b"coredump_filter", b"timers", b"timerslack_ns"))
 _LINKS: dict[bytes, Callable[[Any], Any]] = {
     b"cwd": lambda task: task.fs.cwd if task.fs is not None else None,
     b"exe": lambda task: task.process.exe if task.mm is not None else None,
@@ -133,7 +127,11 @@ class ProcessInode(Inode):
         sb, target = self.sb, self.target
         row = FILES.get(name)
         if row is not None and not (self.task is not None and name in _ONLY_PROCESS):
-            return _text(sb, target, row, name == b"stat" and self.task is not None)
+            return _text(sb, target, row)
+        if name in _NUMBERED:
+            return _numbered(sb, target, _NUMBERED[name], name == b"stat" and self.task is not None)
+        if name in idmaps.NAMES and self.task is None:
+            return idmaps.IdMapInode(sb, target, name.decode())
         if name in _LINKS:
             return links.PlaceLink(sb, target, _LINKS[name])
         if name == b"mem":
@@ -145,11 +143,11 @@ class ProcessInode(Inode):
         if name == b"net":
             return sb.net
         if name == b"attr":
-            return TreeInode(sb, {b"current": _text(sb, target, (0o444, process.no_label, None), False)})
+            return TreeInode(sb, {b"current": _text(sb, target, (0o444, process.no_label, None))})
         if name == b"task" and self.task is None:
             return ThreadsInode(sb, self.process)
         if name == b"children" and self.task is not None:
-            return _text(sb, target, (0o444, process.children, None), False)
+            return _numbered(sb, target, process.children, False)
         raise Errno(errno.ENOENT)
 
     def readdir(self) -> Iterable[tuple[bytes, int, int]]:
@@ -157,25 +155,32 @@ class ProcessInode(Inode):
         names = [*((name, DT_DIR) for name in _DIRECTORIES), *((name, DT_LNK) for name in _LINKS), (b"mem", DT_REG)]
         if self.task is None:
             names.append((b"task", DT_DIR))
-            names += [(name, DT_REG) for name in FILES]
+            names += [(name, DT_REG) for name in (*FILES, *_NUMBERED, *idmaps.NAMES)]
         else:
             names.append((b"children", DT_REG))
-            names += [(name, DT_REG) for name in FILES if name not in _ONLY_PROCESS]
+            names += [(name, DT_REG) for name in (*FILES, *_NUMBERED) if name not in _ONLY_PROCESS]
         for name, kind in names:
             yield name, self.lookup(name).ino, kind
 
 
-def _text(sb: SuperBlock, target: Callable[[], Task], row: tuple[int, Show, Take | None], thread: bool) -> Inode:
+def _text(sb: SuperBlock, target: Callable[[], Task], row: tuple[int, Show, Take | None]) -> Inode:
     mode, show, take = row
 
     def text(reader: Task) -> str | bytes:
-        return process.stat(reader, target(), True) if thread else show(reader, target())
+        return show(reader, target())
 
     def store(writer: Task, data: bytes) -> None:
         assert take is not None
         take(writer, target(), data)
 
     return TextInode(sb, text, mode, store if take is not None else None)
+
+
+def _numbered(sb: ProcSuper, target: Callable[[], Task], show: Callable[..., str], thread: bool) -> Inode:
+    """A file that shows pids."""
+    if thread:
+        return TextInode(sb, lambda reader: show(reader, target(), sb.pid_ns, True))
+    return TextInode(sb, lambda reader: show(reader, target(), sb.pid_ns))
 
 
 class ThreadsInode(Inode):
@@ -191,8 +196,8 @@ class ThreadsInode(Inode):
     def lookup(self, name: bytes) -> Inode:
         """A living thread."""
         tid = _pid(name)
-        task = self.process.threads.get(tid)
-        if task is None:
+        task = self.sb.pid_ns.tasks.get(tid)
+        if task is None or task.process is not self.process:
             self._children.pop(tid, None)
             raise Errno(errno.ENOENT)
         child = self._children.get(tid)
@@ -203,7 +208,7 @@ class ThreadsInode(Inode):
 
     def readdir(self) -> Iterable[tuple[bytes, int, int]]:
         """All threads."""
-        for tid in sorted(self.process.threads):
+        for tid in sorted(map(self.sb.pid_ns.tid_of, self.process.threads.values())):
             name = b"%d" % tid
             try:
                 yield name, self.lookup(name).ino, DT_DIR
@@ -237,10 +242,10 @@ class RootInode(TreeInode):
         if name in self.entries:
             return super().lookup(name)
         pid = _pid(name)
-        kernel = self.sb.kernel
-        process, thread = kernel.processes.get(pid), None
+        space = self.sb.pid_ns
+        process, thread = space.processes.get(pid), None
         if process is None:  # the directory of a thread can be entered by its number, though it is not listed
-            thread = kernel.tasks.get(pid)
+            thread = space.tasks.get(pid)
             if thread is None:
                 self._processes.pop(pid, None)
                 raise Errno(errno.ENOENT)
@@ -248,8 +253,8 @@ class RootInode(TreeInode):
         child = self._processes.get(pid)
         if child is None or child.process is not process:
             known = self._processes
-            if len(known) > 2 * len(kernel.processes) + 64:
-                self._processes = known = {p: i for p, i in known.items() if kernel.processes.get(p) is i.process}
+            if len(known) > 2 * len(space.processes) + 64:
+                self._processes = known = {p: i for p, i in known.items() if space.processes.get(p) is i.process}
             child = known[pid] = ProcessInode(self.sb, process)
         child.refresh()
         return child
@@ -257,7 +262,7 @@ class RootInode(TreeInode):
     def readdir(self) -> Iterable[tuple[bytes, int, int]]:
         """The fixed names, then all processes by number."""
         yield from super().readdir()
-        for pid in sorted(self.sb.kernel.processes):
+        for pid in sorted(self.sb.pid_ns.processes):
             name = b"%d" % pid
             try:
                 yield name, self.lookup(name).ino, DT_DIR
@@ -266,34 +271,37 @@ class RootInode(TreeInode):
 
     def refresh(self) -> None:
         """A link for each process, as Linux counts."""
-        self.nlink = 2 + len(self.sb.kernel.processes)
+        self.nlink = 2 + len(self.sb.pid_ns.processes)
 
 
-def _self(task: Task | None) -> bytes:
-    if task is None:
+def _self(task: Task | None, ns: PidNamespace) -> bytes:
+    pid = ns.pid_of(task.process) if task is not None else 0
+    if not pid:
         raise Errno(errno.ENOENT)
-    return b"%d" % task.process.pid
+    return b"%d" % pid
 
 
-def _thread_self(task: Task | None) -> bytes:
-    if task is None:
-        raise Errno(errno.ENOENT)
-    return b"%d/task/%d" % (task.process.pid, task.tid)
+def _thread_self(task: Task | None, ns: PidNamespace) -> bytes:
+    pid = _self(task, ns)
+    assert task is not None
+    return b"%s/task/%d" % (pid, ns.tid_of(task))
 
 
 class ProcSuper(KernelSuper):
-    """The file system. Make it before the Sentry is locked down: it looks once at the host's processor."""
+    """The file system, showing the processes of one PID namespace (the first one unless told). Make one before the
+    Sentry is locked down: it looks once at the host's processor."""
 
     magic = PROC_SUPER_MAGIC
     fstype = "proc"
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, pid_ns: PidNamespace | None = None) -> None:
         super().__init__(kernel)
+        self.pid_ns = pid_ns if pid_ns is not None else kernel.pid_ns
         system.host_processor()
         self.net = net.build(self)
         entries = system.entries()
-        entries[b"self"] = LinkInode(self, _self)
-        entries[b"thread-self"] = LinkInode(self, _thread_self)
+        entries[b"self"] = LinkInode(self, lambda task: _self(task, self.pid_ns))
+        entries[b"thread-self"] = LinkInode(self, lambda task: _thread_self(task, self.pid_ns))
         entries[b"sys"] = sysctl.build(self, kernel)
         entries[b"tty"] = TreeInode(self, {b"drivers": TextInode(self, lambda task: _TTY_DRIVERS),
                                            b"ldiscs": TextInode(self, lambda task: "n_tty       0\n")})  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmsentry.fs.vfs import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, NAME_MAX, Inode, Mount
+from kvmsentry.kernel.userns import ROOT, UserNamespace, shown_gid, shown_uid
 from kvmsentry.syscall.abi_fs import (
     ST_RELATIME,
     ST_VALID,
@@ -25,13 +26,16 @@ _SECOND = 1_000_000_000
 BLOCK_SIZE = 4096
 
 
-def pack_stat(inode: Inode) -> bytes:
-    """struct stat, 144 bytes."""
+def pack_stat(inode: Inode, ns: UserNamespace = ROOT) -> bytes:
+    """struct stat, 144 bytes, with owners as they are called in `ns`."""
     inode.refresh()
+    uid, gid = inode.uid, inode.gid
+    if ns is not ROOT:
+        uid, gid = shown_uid(ns, uid), shown_gid(ns, gid)
     atime, mtime, ctime = inode.atime, inode.mtime, inode.ctime
     a, m, c = atime // _SECOND, mtime // _SECOND, ctime // _SECOND
     return _pack_stat(
-        inode.sb.dev, inode.ino, inode.nlink, inode.mode, inode.uid, inode.gid, inode.rdev, inode.size, BLOCK_SIZE,
+        inode.sb.dev, inode.ino, inode.nlink, inode.mode, uid, gid, inode.rdev, inode.size, BLOCK_SIZE,
         inode.blocks, a, atime - a * _SECOND, m, mtime - m * _SECOND, c, ctime - c * _SECOND,
     )  # fmt: skip
 
@@ -41,7 +45,7 @@ def _split(dev: int) -> tuple[int, int]:
     return (dev & 0xFFF00) >> 8, (dev & 0xFF) | ((dev >> 12) & 0xFFF00)
 
 
-def pack_statx(inode: Inode, place: Path | None) -> bytes:
+def pack_statx(inode: Inode, place: Path | None, ns: UserNamespace = ROOT) -> bytes:
     """struct statx, 256 bytes; the creation time is shown too."""
     inode.refresh()
     attributes = 0
@@ -52,7 +56,8 @@ def pack_statx(inode: Inode, place: Path | None) -> bytes:
             attributes = STATX_ATTR_MOUNT_ROOT
     return STATX.pack(
         STATX_BASIC_STATS | STATX_BTIME | (STATX_MNT_ID if mount_id else 0), BLOCK_SIZE, attributes, inode.nlink,
-        inode.uid, inode.gid, inode.mode, inode.ino, inode.size, inode.blocks, STATX_ATTR_MOUNT_ROOT,
+        shown_uid(ns, inode.uid), shown_gid(ns, inode.gid), inode.mode, inode.ino, inode.size, inode.blocks,
+        STATX_ATTR_MOUNT_ROOT,
         *divmod(inode.atime, _SECOND), *divmod(inode.btime, _SECOND), *divmod(inode.ctime, _SECOND),
         *divmod(inode.mtime, _SECOND), *_split(inode.rdev), *_split(inode.sb.dev), mount_id,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kvmsentry.errors import Errno
 from kvmsentry.fs.pages import PAGE, PageStore, Pool
 from kvmsentry.fs.vfs import O_NOATIME, File, Inode, Path, SuperBlock, path_of, without_set_id
+from kvmsentry.kernel.userns import inode_capable
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.kernel import Kernel
@@ -217,7 +218,7 @@ class TmpInode(Inode):
                 mode & 0o2010 == 0o2010
                 and gid != creds.fsgid
                 and gid not in creds.groups
-                and not creds.capable(CAP_FSETID)
+                and not inode_capable(creds, self, CAP_FSETID)
             ):
                 mode &= ~st.S_ISGID
         inode = self.sb.new_inode(mode, creds.fsuid, gid)

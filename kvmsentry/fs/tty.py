@@ -550,14 +550,14 @@ def _notty(tty: Tty, task: Task, argument: int, file: File, master: bool) -> int
 def _gsid(tty: Tty, task: Task, argument: int, file: File, master: bool) -> int:
     if (not master and task.process.session.tty is not tty) or tty.session is None:
         raise Errno(errno.ENOTTY)
-    task.mm.write(argument, _s32.pack(tty.session.sid))
+    task.mm.write(argument, _s32.pack(task.process.pid_ns.sid_of(tty.session)))
     return 0
 
 
 def _gpgrp(tty: Tty, task: Task, argument: int, file: File, master: bool) -> int:
     if not master and task.process.session.tty is not tty:
         raise Errno(errno.ENOTTY)
-    task.mm.write(argument, _s32.pack(tty.foreground.pgid if tty.foreground is not None else 0))
+    task.mm.write(argument, _s32.pack(task.process.pid_ns.pgid_of(tty.foreground)))
     return 0
 
 
@@ -571,9 +571,10 @@ def _spgrp(tty: Tty, task: Task, argument: int, file: File, master: bool) -> int
     (pgid,) = _s32.unpack(task.mm.read(argument, 4))
     if pgid < 0:
         raise Errno(errno.EINVAL)
-    group = session.groups.get(pgid)
-    if group is None:
-        known = any(pgid in other.groups for other in task.kernel.sessions.values())
+    space = task.process.pid_ns
+    group = session.groups.get(pgid) if not space.level else space.group(pgid)
+    if group is None or group.session is not session:
+        known = group is not None or any(pgid in other.groups for other in task.kernel.sessions.values())
         raise Errno(errno.EPERM if known else errno.ESRCH)
     tty.foreground = group
     return 0

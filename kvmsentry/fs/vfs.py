@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 
 from kvmsentry.errors import Errno
 from kvmsentry.kernel.traps import WaitQueue
+from kvmsentry.kernel.userns import ROOT, maps_inode
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.task import Credentials, Task
@@ -271,7 +272,7 @@ class Dentry:
 class Mount:
     """One entry of a mount namespace: the tree below `root` of `sb` shown at `mountpoint` of `parent`."""
 
-    __slots__ = ("id", "sb", "root", "parent", "mountpoint", "children", "flags", "namespace")
+    __slots__ = ("id", "sb", "root", "parent", "mountpoint", "children", "flags", "namespace", "locked")
     _next_id = 20
 
     def __init__(self, sb: SuperBlock, root: Dentry, flags: int = 0) -> None:
@@ -282,6 +283,7 @@ class Mount:
         self.mountpoint: Dentry | None = None
         self.children: dict[Dentry, Mount] = {}
         self.namespace: Any = None  # fs/mounts.py: MountNamespace, None while in none
+        self.locked = 0  # flags that must stay, and MNT_LOCKED: came from a more privileged namespace
 
     def attach(self, parent: Mount, mountpoint: Dentry) -> None:
         """Show this mount at `mountpoint` of `parent`; what was visible there is covered."""
@@ -335,8 +337,19 @@ class FsContext:
         self.root, self.cwd, self.umask = root, cwd, umask
         self.users = 1
 
+    def put(self) -> None:
+        """A task less; with the last one in a mount namespace below the first, its mounts go."""
+        self.users -= 1
+        if not self.users:
+            namespace = self.root.mount.namespace
+            if namespace is not None:
+                namespace.put()
+
     def copy(self) -> FsContext:
         """For fork without CLONE_FS."""
+        namespace = self.root.mount.namespace
+        if namespace is not None:
+            namespace.users += 1
         return FsContext(self.root, self.cwd, self.umask)
 
 
@@ -353,6 +366,8 @@ def permission(inode: Inode, mask: int, creds: Credentials) -> None:
     if not mask & ~bits & 7:
         return
     effective = creds.effective
+    if creds.user_ns is not ROOT and not maps_inode(creds.user_ns, inode):
+        raise Errno(errno.EACCES)
     if effective & CAP_DAC_OVERRIDE and (not mask & MAY_EXEC or mode & 0o111 or st.S_ISDIR(mode)):
         return
     if effective & CAP_DAC_READ_SEARCH and (mask == MAY_READ or (st.S_ISDIR(mode) and not mask & MAY_WRITE)):

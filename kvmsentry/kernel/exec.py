@@ -26,7 +26,7 @@ from kvmsentry.fs.vfs import (
     permission,
     walk,
 )
-from kvmsentry.kernel import cap, exit, filecaps, signals
+from kvmsentry.kernel import cap, exit, filecaps, pidns, signals, userns
 from kvmsentry.kernel.task import (
     RLIMIT_AS,
     RLIMIT_DATA,
@@ -300,7 +300,9 @@ def _load(task: Task, opened: Opened, execfn: bytes, argv: Sequence[bytes], envp
     try:
         set_limits(mm, task.process.rlimits)
         aux = elf.Aux(
-            uid=creds.uid, euid=creds.euid, gid=creds.gid, egid=creds.egid, secure=secure,
+            uid=userns.shown_uid(creds.user_ns, creds.uid), euid=userns.shown_uid(creds.user_ns, creds.euid),
+            gid=userns.shown_gid(creds.user_ns, creds.gid), egid=userns.shown_gid(creds.user_ns, creds.egid),
+            secure=secure,
             minsigstksz=(FRAME_SIZE + kernel.platform.xsave_size + 4 + 64 + 15) & ~15,
         )  # fmt: skip
         if kernel.vdso is not None:
@@ -338,31 +340,35 @@ def new_credentials(task: Task, place: Path, inode: Inode) -> tuple[Credentials,
     old, process = task.creds, task.process
     euid, egid = old.euid, old.egid
     mode = inode.mode
-    if mode & (S_ISUID | S_ISGID) and not place.mount.flags & MS_NOSUID and not process.no_new_privs:
+    ns = old.user_ns
+    root = userns.root_uid(ns)
+    mounted = place.mount.namespace
+    suid_counts = not place.mount.flags & MS_NOSUID and (mounted is None or ns.below(mounted.user_ns))  # mnt_may_suid
+    if mode & (S_ISUID | S_ISGID) and suid_counts and not process.no_new_privs and userns.maps_inode(ns, inode):
         if mode & S_ISUID:
             euid = inode.uid
         if mode & (S_ISGID | S_IXGRP) == S_ISGID | S_IXGRP:
             egid = inode.gid
     permitted = 0
     effective = False
-    caps = filecaps.of(inode) if not place.mount.flags & MS_NOSUID else None
+    caps = filecaps.of(inode) if suid_counts else None
     if caps is not None:
         permitted, effective = filecaps.granted(caps, old.bounding, old.inheritable), caps.effective
-    if not old.securebits & cap.SECBIT_NOROOT and (caps is None or old.uid == 0 or euid != 0):
-        if euid == 0 or old.uid == 0:
+    if not old.securebits & cap.SECBIT_NOROOT and (caps is None or old.uid == root or euid != root):
+        if euid == root or old.uid == root:
             permitted = old.bounding | old.inheritable
-        effective = effective or euid == 0
+        effective = effective or euid == root
     setid = euid != old.euid or egid != old.egid
     if setid or permitted & ~old.permitted:
         shared = task.fs.users > len(process.threads)
-        if process.no_new_privs or (shared and not old.capable(cap.SETUID)):
-            if process.no_new_privs or not old.capable(cap.SETUID):
+        if process.no_new_privs or (shared and not old.holds(cap.SETUID)):
+            if process.no_new_privs or not old.holds(cap.SETUID):
                 euid, egid = old.uid, old.gid
             permitted &= old.permitted
     ambient = 0 if setid or caps is not None else old.ambient
     permitted |= ambient
     new_effective = permitted if effective else ambient
-    secure = setid or (old.uid != 0 and (effective or bool(permitted & ~ambient)))
+    secure = setid or (old.uid != root and (effective or bool(permitted & ~ambient)))
     if (
         euid == old.euid == old.suid == old.fsuid
         and egid == old.egid == old.sgid == old.fsgid
@@ -406,6 +412,9 @@ def _become_leader(task: Task, process: Process) -> None:
     kernel.tasks.pop(task.tid, None)
     process.threads.pop(task.tid, None)
     task.tid = process.pid
+    task.vtid = process.vpid
+    if process.numbers:
+        pidns.become_leader(task, process)
     process.threads[task.tid] = kernel.tasks[task.tid] = task
     process.leader = task
 

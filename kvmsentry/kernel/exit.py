@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.kernel import cputime, signals
+from kvmsentry.kernel import cputime, pidns, signals, sysvipc, userns
 from kvmsentry.kernel.task import Process, SigInfo, Task
 from kvmsentry.kernel.traps import park
 from kvmsentry.syscall.abi_signal import (
@@ -69,10 +69,12 @@ def do_exit(task: Task, status: int) -> None:
         task.ctx.owner = None
         task.ctx = None
     drop_mm(task)
-    task.fs.users -= 1
+    task.fs.put()
     task.sighand.users -= 1
     del process.threads[task.tid]
     kernel.tasks.pop(task.tid, None)
+    if task.numbers:
+        pidns.leave_task(task)
     signals.flush(task.pending, (1 << 64) - 1)
     _orphan_by_thread(task)
     if process.threads:
@@ -158,7 +160,7 @@ def _owner_died(task: Task, mm: Any, address: int, pi: bool, pending: bool) -> N
         if pending and not pi and not owner:
             futex.wake(mm, address, 1)
             return
-        if owner != task.tid:
+        if owner != task.vtid:
             return
         if pi:
             futex.hand_over(mm, address, mm.futex_key(address, False), FUTEX_OWNER_DIED)
@@ -185,7 +187,6 @@ def _orphan_by_thread(task: Task) -> None:
 
 def _group_dead(process: Process, last: Task) -> None:
     """The last thread is gone: children get another parent, the process becomes a zombie, its parent is told."""
-    kernel = process.kernel
     for timer in process.timers.values():
         timer.delete()
     process.timers.clear()
@@ -196,6 +197,31 @@ def _group_dead(process: Process, last: Task) -> None:
     if process.exe_inode is not None:
         process.exe_inode.writers += 1
         process.exe_inode = None
+    sysvipc.end_process(process)
+    space = process.pid_ns
+    if space.level and space.init is process:
+        _close_namespace(process)
+    else:
+        _become_zombie(process)
+
+
+def _close_namespace(process: Process) -> None:
+    """The init of a PID namespace below the first one is gone: so is everybody in it, and it becomes a zombie only
+    when they have been reaped (zap_pid_ns_processes in kernel/pid_namespace.c)."""
+    space = process.pid_ns
+    space.closed = True
+    for other in list(space.processes.values()):
+        if other is not process and not other.zombie:
+            exit_group(other, SIGKILL)
+    for child in list(process.children.values()):
+        if child.zombie:
+            reap(child)
+    if len(space.processes) == 1 and not process.zombie:
+        _become_zombie(process)
+
+
+def _become_zombie(process: Process) -> None:
+    kernel = process.kernel
     process.zombie = True
     _leave_session(process)
     _reparent_children(process)
@@ -231,16 +257,20 @@ def _leave_session(process: Process) -> None:
 
 
 def _reparent_children(process: Process) -> None:
-    """Children go to the nearest living subreaper, else to init (forget_original_parent)."""
+    """Children go to the nearest living subreaper, else to their namespace's init (forget_original_parent)."""
     if not process.children:
         return
-    kernel = process.kernel
+    space = process.pid_ns
     heir = process.parent
-    while heir is not None and heir is not kernel.init and (not heir.subreaper or heir.zombie or heir.exiting):
+    if heir is not None and heir.pid_ns is not space:
+        heir = None
+    while heir is not None and heir is not space.init and (not heir.subreaper or heir.zombie or heir.exiting):
         heir = heir.parent
+        if heir is not None and heir.pid_ns is not space:
+            heir = None  # a subreaper reaps in its own namespace only
     if heir is None:
-        heir = kernel.init
-    if heir is process or (heir is not None and heir.zombie):
+        heir = space.init
+    if heir is process or (heir is not None and (heir.zombie or heir.pid_ns.closed)):
         heir = None
     children, process.children = process.children, {}
     for child in children.values():
@@ -271,7 +301,7 @@ def _tell_parent(process: Process, parent: Process) -> None:
     """A zombie's parent gets its signal, or the zombie is reaped at once (do_notify_parent)."""
     signo = process.exit_signal
     action = parent.leader.sighand.actions[SIGCHLD]
-    auto = signo == SIGCHLD and (action.handler == SIG_IGN or bool(action.flags & SA_NOCLDWAIT))
+    auto = parent.pid_ns.closed or signo == SIGCHLD and (action.handler == SIG_IGN or bool(action.flags & SA_NOCLDWAIT))
     if signo and not (auto and action.handler == SIG_IGN):
         code, status = describe(process.exit_code)
         signals.send_process(
@@ -306,6 +336,12 @@ def reap(process: Process) -> None:
         parent.children_user += cputime.of_process(process) + process.children_user
         parent.children_system += process.children_system
     kernel.processes.pop(process.pid, None)
+    if process.numbers:
+        pidns.leave_process(process)
+        for space in process.numbers:
+            init = space.init
+            if space.closed and init is not None and not init.zombie and len(space.processes) == 1:
+                _become_zombie(init)
     leave_group(process)
 
 
@@ -328,9 +364,18 @@ class Found:
 
     def __init__(self, child: Process, code: int, value: int, status: int) -> None:
         self.pid, self.uid = child.pid, child.leader.creds.uid
+        parent = child.parent
+        if child.numbers or (parent is not None and parent.leader.creds.user_ns is not userns.ROOT):
+            self._tell(child, parent)
         self.code, self.value, self.status = code, value, status
         self.user = cputime.of_process(child) + child.children_user
         self.system = child.children_system
+
+    def _tell(self, child: Process, parent: Process | None) -> None:
+        """Pid and uid as the parent knows them."""
+        if parent is not None:
+            self.pid = parent.pid_ns.pid_of(child)
+            self.uid = userns.shown_uid(parent.leader.creds.user_ns, self.uid)
 
 
 def _eligible(task: Task, child: Process, options: int) -> bool:

@@ -13,8 +13,9 @@ from typing import Any
 from kvmsentry.errors import Errno
 from kvmsentry.fs.fdtable import FdTable
 from kvmsentry.fs.vfs import FsContext, Path
-from kvmsentry.kernel import cap, signals
+from kvmsentry.kernel import cap, namespaces, pidns, signals
 from kvmsentry.kernel.task import (
+    NO_NUMBERS,
     RLIM_INFINITY,
     RLIMIT_CORE,
     RLIMIT_MEMLOCK,
@@ -31,7 +32,6 @@ from kvmsentry.kernel.task import (
     Session,
     SigHand,
     Task,
-    UtsNamespace,
 )
 from kvmsentry.kernel.traps import ERESTARTNOINTR, WaitQueue, park
 from kvmsentry.syscall.abi_signal import NSIG_VALID, SIGCHLD
@@ -48,7 +48,6 @@ CLONE_NEWNET, CLONE_IO = 0x40000000, 0x80000000
 CLONE_NEWTIME = 0x80
 CLONE_CLEAR_SIGHAND, CLONE_INTO_CGROUP = 1 << 32, 1 << 33
 NAMESPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWCGROUP
-OURS = CLONE_NEWNS | CLONE_NEWUTS  # the namespaces that can be made anew here
 HARMLESS = CLONE_VM | CLONE_VFORK | CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID  # fork and vfork: never a bad combination
 INVALID_PARENT_PIDFD = CLONE_PIDFD | CLONE_PARENT_SETTID
 
@@ -66,7 +65,7 @@ DEFAULT_RLIMITS = {
 
 
 def check_flags(task: Task, flags: int) -> None:
-    """The combinations that copy_process in kernel/fork.c refuses with EINVAL, and namespaces that we don't have."""
+    """The combinations that copy_process in kernel/fork.c refuses with EINVAL."""
     bad = (
         flags & (CLONE_NEWNS | CLONE_FS) == CLONE_NEWNS | CLONE_FS
         or flags & (CLONE_NEWUSER | CLONE_FS) == CLONE_NEWUSER | CLONE_FS
@@ -79,28 +78,6 @@ def check_flags(task: Task, flags: int) -> None:
     )
     if bad:
         raise Errno(errno.EINVAL)
-    if flags & NAMESPACES:
-        check_namespaces(task, flags)
-
-
-def check_namespaces(task: Task, flags: int) -> None:
-    """EINVAL for namespaces that this kernel is built without, EPERM without CAP_SYS_ADMIN."""
-    if flags & NAMESPACES & ~OURS:
-        raise Errno(errno.EINVAL)
-    if not task.creds.capable(cap.SYS_ADMIN):
-        raise Errno(errno.EPERM)
-
-
-def new_namespaces(task: Task, fs: FsContext, flags: int) -> UtsNamespace:
-    """CLONE_NEWUTS and CLONE_NEWNS for a task whose paths start from `fs` (its own copy)."""
-    uts = task.uts
-    if flags & CLONE_NEWUTS:
-        uts = UtsNamespace(uts.nodename, uts.domainname)
-    if flags & CLONE_NEWNS:
-        from kvmsentry.fs import mounts
-
-        mounts.copy_namespace(fs)
-    return uts
 
 
 def _check_limits(task: Task) -> None:
@@ -114,21 +91,6 @@ def _check_limits(task: Task) -> None:
         if uid and not creds.capable(cap.SYS_RESOURCE) and not creds.capable(cap.SYS_ADMIN):
             if sum(1 for other in kernel.tasks.values() if other.creds.uid == uid) >= limit:
                 raise Errno(errno.EAGAIN)
-
-
-def _new_tid(task: Task, set_tid: Sequence[int]) -> int:
-    """The next free id, or the one asked for with clone3's set_tid: EPERM, EINVAL, EEXIST."""
-    kernel = task.kernel
-    if not set_tid:
-        return kernel.new_pid()
-    if not (task.creds.capable(cap.CHECKPOINT_RESTORE) or task.creds.capable(cap.SYS_ADMIN)):
-        raise Errno(errno.EPERM)
-    tid = set_tid[0]
-    if len(set_tid) > 1 or not 0 < tid < 32768:
-        raise Errno(errno.EINVAL)
-    if tid in kernel.tasks or tid in kernel.processes or kernel._group_in_use(tid):
-        raise Errno(errno.EEXIST)
-    return tid
 
 
 def _copy_sighand(task: Task, flags: int) -> SigHand:
@@ -165,12 +127,19 @@ def clone(
     if flags & CLONE_SETTLS and tls >= USER_TOP:
         raise Errno(errno.EPERM)
     _check_limits(task)
-    tid = _new_tid(task, set_tid)
-    mm, files, fs, uts = task.mm, task.files, task.fs, task.uts
+    mm, files, fs, uts, ns, creds = task.mm, task.files, task.fs, task.uts, task.ns, task.creds
+    pid_ns = ns.pid_for_children
+    if flags & CLONE_THREAD and pid_ns is not process.pid_ns:
+        raise Errno(errno.EINVAL)
     if not flags & CLONE_FS:
         fs = fs.copy()
-    if flags & (CLONE_NEWUTS | CLONE_NEWNS):
-        uts = new_namespaces(task, fs, flags)
+    if flags & NAMESPACES:
+        creds, uts, ns = namespaces.for_child(task, fs, flags)
+        pid_ns = ns.pid_for_children
+    if pid_ns.level or set_tid:
+        tid, numbers = pidns.allocate(task, pid_ns, set_tid)
+    else:
+        tid, numbers = kernel.new_pid(), NO_NUMBERS
     if not flags & CLONE_VM:
         mm = mm.fork()
     else:
@@ -193,6 +162,8 @@ def clone(
     except BaseException:
         if ctx is not None:
             ctx.release()
+        if not flags & CLONE_FS:
+            fs.put()
         mm.users -= 1
         if not mm.users:
             mm.destroy()
@@ -210,14 +181,20 @@ def clone(
         child_process = process
     else:
         child_process = _new_process(task, tid, flags, exit_signal)
-    child = Task(kernel, tid, child_process, mm, files, fs, sighand, task.creds)
+        if numbers:
+            pidns.enter_process(child_process, pid_ns, numbers)
+    child = Task(kernel, tid, child_process, mm, files, fs, sighand, creds)
     if not flags & CLONE_THREAD:
         child_process.leader = child
         kernel.processes[tid] = child_process
     kernel.tasks[tid] = child
     child.ctx = ctx
     ctx.owner = child
-    child.uts, child.comm, child.blocked = uts, task.comm, task.blocked
+    child.uts, child.ns, child.comm, child.blocked = uts, ns, task.comm, task.blocked
+    seen = tid  # the number that the parent gets
+    if numbers:
+        pidns.enter_task(child, numbers)
+        seen = process.pid_ns.tid_of(child)
     child.timerslack, child.affinity, child.nice = task.timerslack, task.affinity, task.nice
     child.policy, child.seccomp, child.ioprio = task.policy, task.seccomp, task.ioprio
     child.session_keyring = task.session_keyring
@@ -229,19 +206,19 @@ def clone(
     if flags & CLONE_CHILD_CLEARTID:
         child.clear_child_tid = child_tid
     if flags & CLONE_CHILD_SETTID:
-        _store(mm, child_tid, tid)
+        _store(mm, child_tid, child.vtid)
     if flags & CLONE_PARENT_SETTID:
-        _store(task.mm, parent_tid, tid)
+        _store(task.mm, parent_tid, seen)
     if fd >= 0:
         task.files.files[fd].attach(child_process)  # type: ignore[attr-defined]
     if not flags & CLONE_VFORK:
         child.in_guest = True
         ctx.reload()
-        return tid
+        return seen
     child.vfork_done = done = WaitQueue()
     child.in_guest = True
     ctx.reload()
-    return _vfork_wait(task, done, tid)
+    return _vfork_wait(task, done, seen)
 
 
 async def _vfork_wait(task: Task, done: WaitQueue, tid: int) -> int:
@@ -341,7 +318,7 @@ def create_process(
         process.creator = parent.leader
     process.exit_signal = SIGCHLD
     if first:
-        kernel.init = process
+        kernel.init = kernel.pid_ns.init = process
         process.unkillable = True
     if tty is not None:
         tty.control(process)

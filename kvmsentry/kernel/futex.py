@@ -203,7 +203,7 @@ def lock_pi(task: Task, address: int, private: bool, deadline: int | None, try_o
     """FUTEX_LOCK_PI, FUTEX_LOCK_PI2, FUTEX_TRYLOCK_PI: 0 once the word holds our tid."""
     if address & 3:
         raise Errno(errno.EINVAL)
-    mm, tid = task.mm, task.tid
+    mm, tid = task.mm, task.vtid
     key = mm.futex_key(address, private)
     while True:
         word = mm.read_u32(address)
@@ -217,7 +217,7 @@ def lock_pi(task: Task, address: int, private: bool, deadline: int | None, try_o
             continue
         if try_only:
             return -errno.EAGAIN
-        holder = task.kernel.tasks.get(owner)
+        holder = task.process.pid_ns.tasks.get(owner)
         if holder is None or holder.dead:
             raise Errno(errno.ESRCH)
         if word & FUTEX_WAITERS or mm.cmpxchg_u32(address, word, word | FUTEX_WAITERS) == word:
@@ -246,7 +246,7 @@ def unlock_pi(task: Task, address: int, private: bool) -> int:
     """FUTEX_UNLOCK_PI: hand the word to the waiter that has slept longest; EPERM when it is not ours."""
     mm = task.mm
     word = mm.read_u32(address)
-    if word & FUTEX_TID_MASK != task.tid:
+    if word & FUTEX_TID_MASK != task.vtid:
         return -errno.EPERM
     return hand_over(mm, address, mm.futex_key(address, private), 0)
 
@@ -267,7 +267,7 @@ def hand_over(mm: Any, address: int, key: Hashable, died: int) -> int:
             new = died
         else:
             assert words is not None
-            new = heir.task.tid | died | (FUTEX_WAITERS if len(words) > 1 else 0)
+            new = heir.task.vtid | died | (FUTEX_WAITERS if len(words) > 1 else 0)
         if mm.cmpxchg_u32(address, word, new) == word:
             break
     if heir is not None:
@@ -310,7 +310,7 @@ def cmp_requeue_pi(
     word = mm.read_u32(address2)
     while word & FUTEX_TID_MASK == 0:
         seen = mm.cmpxchg_u32(
-            address2, word, first.task.tid | (FUTEX_WAITERS if len(words) > 1 or _waiters.get(key2) else 0)
+            address2, word, first.task.vtid | (FUTEX_WAITERS if len(words) > 1 or _waiters.get(key2) else 0)
         )
         if seen == word:
             _remove(first)

@@ -21,7 +21,7 @@ from typing import Any
 
 from kvmsentry import log
 from kvmsentry.errors import BrokenInvariant, Errno, OutOfMemory
-from kvmsentry.kernel import traps
+from kvmsentry.kernel import namespaces, pidns, traps
 from kvmsentry.kernel.task import Process, Session, SigInfo, Task, UtsNamespace
 from kvmsentry.kernel.traps import Sleep, Timers
 from kvmsentry.syscall import table
@@ -42,8 +42,10 @@ class Kernel:
         self.platform, self.frames = platform, frames
         self.memory = platform.memory if platform is not None else None
         self.uts = UtsNamespace(hostname)
+        self.uts.ns_ino = 0xEFFFFFFE  # PROC_UTS_INIT_INO, include/linux/proc_ns.h
         self.tasks: dict[int, Task] = {}  # by tid
         self.processes: dict[int, Process] = {}  # by pid, zombies too
+        self.pid_ns = pidns.first(self)
         self.sessions: dict[int, Session] = {}
         self.ready: deque[Task] = deque()  # tasks whose sleep is over
         self.timers = Timers(self)
@@ -59,6 +61,7 @@ class Kernel:
         self.devices: Any = None  # terminals and pseudo-terminals, fs/devfs.py
         self.sysctl: Any = None  # values of /proc/sys, fs/proc/sysctl.py
         self._last_pid = 0
+        self.ns = namespaces.first(self)
 
     def now(self) -> int:
         """CLOCK_MONOTONIC as the application sees it, in ns since this kernel booted; what deadlines are measured

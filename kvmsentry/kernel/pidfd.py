@@ -39,5 +39,7 @@ class PidFile(AnonFile):
     def fdinfo(self) -> str:
         """The lines of /proc/PID/fdinfo: -1 once the process was waited for."""
         process = self.process
-        pid = process.pid if process.kernel.processes.get(process.pid) is process else -1
-        return f"Pid:\t{pid}\nNSpid:\t{pid}\n"
+        if process.kernel.processes.get(process.pid) is not process:
+            return "Pid:\t-1\nNSpid:\t-1\n"
+        inner = "".join(f"\t{number}" for number in process.numbers.values())
+        return f"Pid:\t{process.pid}\nNSpid:\t{process.pid}{inner}\n"

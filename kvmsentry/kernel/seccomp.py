@@ -266,7 +266,7 @@ def install(task: Task, program: bytes, flags: int, sync: bool) -> int:
         siblings = [thread for thread in task.process.threads.values() if thread is not task and not thread.dead]
         for thread in siblings:
             if not _follows(thread, old):
-                return thread.tid
+                return thread.vtid
         for thread in siblings:
             thread.seccomp = state
     task.seccomp = state

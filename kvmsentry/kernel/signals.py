@@ -14,6 +14,7 @@ from typing import Any
 
 from kvmsentry import log
 from kvmsentry.errors import Errno
+from kvmsentry.kernel.pidns import adapt
 from kvmsentry.kernel.task import (
     RLIMIT_CORE,
     RLIMIT_SIGPENDING,
@@ -31,6 +32,7 @@ from kvmsentry.kernel.traps import (
     ERESTARTSYS,
     park,
 )
+from kvmsentry.kernel.userns import ROOT
 from kvmsentry.syscall.abi_signal import (
     ALL,
     BUS_ADRALN,
@@ -223,6 +225,9 @@ def send_task(task: Task, info: SigInfo, force: bool = False) -> None:
     """Direct a signal at one thread. `force`: it comes from outside, so SIGKILL and SIGSTOP reach init too.
     EAGAIN: RLIMIT_SIGPENDING."""
     process = task.process
+    if process.numbers or task.creds.user_ns is not ROOT:
+        info, above = adapt(process, info)
+        force = force or above
     if task.dead or not _prepare(process, task, info.signo, force):
         _forget(info)
         return
@@ -239,6 +244,9 @@ def send_task(task: Task, info: SigInfo, force: bool = False) -> None:
 def send_process(process: Process, info: SigInfo, force: bool = False) -> None:
     """Direct a signal at a process: some thread that does not block it takes it. As `send_task`."""
     leader = process.leader
+    if process.numbers or leader.creds.user_ns is not ROOT:
+        info, above = adapt(process, info)
+        force = force or above
     if not _prepare(process, leader, info.signo, force):
         _forget(info)
         return

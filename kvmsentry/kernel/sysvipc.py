@@ -9,6 +9,7 @@ from typing import Any
 from kvmsentry.errors import Errno
 from kvmsentry.kernel.task import Credentials, Process, Task
 from kvmsentry.kernel.traps import WaitQueue, park
+from kvmsentry.kernel.userns import ROOT, UserNamespace, capable
 from kvmsentry.mm.shared import SharedMemory
 
 IPC_PRIVATE, IPC_CREAT, IPC_EXCL, IPC_NOWAIT = 0, 0o1000, 0o2000, 0o4000  # uapi/linux/ipc.h
@@ -27,6 +28,7 @@ class IpcObject:
         self.key, self.mode = key, mode & 0o777
         self.uid = self.cuid = creds.euid
         self.gid = self.cgid = creds.egid
+        self.user_ns = ROOT  # whose capabilities count: the IPC namespace's owner
         self.id = self.seq = 0
         self.ctime = int(time.time())
         self.removed = False
@@ -38,19 +40,20 @@ class IpcObject:
             bits >>= 6
         elif {self.gid, self.cgid} & ({creds.egid} | creds.groups):
             bits >>= 3
-        if mask & ~bits & 7 and not creds.capable(CAP_IPC_OWNER):
+        if mask & ~bits & 7 and not capable(creds, self.user_ns, CAP_IPC_OWNER):
             raise Errno(errno.EACCES)
 
     def own(self, creds: Credentials) -> None:
         """EPERM unless `creds` may change or remove this."""
-        if creds.euid not in (self.uid, self.cuid) and not creds.capable(CAP_SYS_ADMIN):
+        if creds.euid not in (self.uid, self.cuid) and not capable(creds, self.user_ns, CAP_SYS_ADMIN):
             raise Errno(errno.EPERM)
 
 
 class IpcTable:
     """Ids and keys of one kind."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, user_ns: UserNamespace = ROOT) -> None:
+        self.user_ns = user_ns
         self.objects: dict[int, Any] = {}  # by index
         self.keys: dict[int, Any] = {}
         self.limit = limit
@@ -73,6 +76,7 @@ class IpcTable:
         index = 0
         while index in self.objects:
             index += 1
+        made.user_ns = self.user_ns
         made.seq = self._seq & 0xFFFF
         self._seq += 1
         made.id = (made.seq << SEQ_SHIFT | index) & 0x7FFFFFFF
@@ -222,30 +226,47 @@ class ShmMemory(SharedMemory):
 
 
 class IpcNamespace:
-    """All System V objects of a sandbox."""
+    """All System V objects of an IPC namespace (ipc_namespaces(7))."""
 
-    def __init__(self) -> None:
-        self.messages, self.semaphores, self.segments = IpcTable(32000), IpcTable(32000), IpcTable(4096)
+    kind = b"ipc"
+
+    def __init__(self, user_ns: UserNamespace = ROOT) -> None:
+        self.messages, self.semaphores = IpcTable(32000, user_ns), IpcTable(32000, user_ns)
+        self.segments = IpcTable(4096, user_ns)
+        self.user_ns = user_ns
+        self.ns_ino = 0
 
 
 def namespace(task: Task) -> IpcNamespace:
     """The namespace of `task`, made on first use."""
-    kernel: Any = task.kernel
+    own: IpcNamespace | None = task.ns.ipc
+    return own if own is not None else first(task.kernel)
+
+
+def first(kernel: Any) -> IpcNamespace:
+    """The namespace that the sandbox boots with, made on first use."""
     found: IpcNamespace | None = getattr(kernel, "ipc", None)
     if found is None:
         found = kernel.ipc = IpcNamespace()
+        found.ns_ino = 0xEFFFFFFF  # PROC_IPC_INIT_INO, include/linux/proc_ns.h
     return found
+
+
+def _of(process: Process) -> IpcNamespace | None:
+    """The namespace of a process that may be about to go; None when nobody has used the first one yet."""
+    own: IpcNamespace | None = process.leader.ns.ipc
+    return own if own is not None else getattr(process.kernel, "ipc", None)
 
 
 def has_undo(process: Process) -> bool:
     """Whether `process` has used SEM_UNDO."""
-    ipc: IpcNamespace | None = getattr(process.kernel, "ipc", None)
+    ipc = _of(process)
     return ipc is not None and any(process in semaphores.undo for semaphores in ipc.semaphores.objects.values())
 
 
 def end_process(process: Process) -> None:
     """SEM_UNDO: called when the last thread of `process` is gone."""
-    ipc: IpcNamespace | None = getattr(process.kernel, "ipc", None)
+    ipc = _of(process)
     if ipc is None:
         return
     for semaphores in list(ipc.semaphores.objects.values()):

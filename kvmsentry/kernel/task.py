@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.kernel.traps import Sleep, WaitQueue
+from kvmsentry.kernel.userns import ROOT, UserNamespace
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from kvmsentry.fs.fdtable import FdTable
     from kvmsentry.fs.vfs import FsContext, Path
     from kvmsentry.kernel.kernel import Kernel
+    from kvmsentry.kernel.namespaces import NsProxy
+    from kvmsentry.kernel.pidns import PidNamespace
 
 NSIG = 64  # signals are 1..64; signal n is bit n-1 of a mask (arch/x86/include/uapi/asm/signal.h)
 CAP_LAST = 40
@@ -47,7 +50,7 @@ class Credentials:
         self.effective = self.permitted = bounding if uid == 0 else 0
         self.inheritable = self.ambient = 0
         self.securebits = 0
-        self.user_ns: Any = None  # None: the first user namespace
+        self.user_ns: UserNamespace = ROOT
 
     def replace(self, **changes: Any) -> Credentials:
         """A copy with some fields changed."""
@@ -57,7 +60,13 @@ class Credentials:
         return new
 
     def capable(self, capability: int) -> bool:
-        """Is CAP number `capability` in the effective set?"""
+        """Has it CAP number `capability` towards what the first user namespace owns (capable in kernel/capability.c)?
+        Towards other namespaces: userns.capable."""
+        return bool(self.effective >> capability & 1) and self.user_ns is ROOT
+
+    def holds(self, capability: int) -> bool:
+        """Is CAP number `capability` in the effective set? It counts in the own user namespace (ns_capable with
+        current_user_ns)."""
         return bool(self.effective >> capability & 1)
 
 
@@ -117,15 +126,21 @@ class PendingSignals:
 class UtsNamespace:
     """uts_namespaces(7)."""
 
-    def __init__(self, nodename: str, domainname: str = "(none)") -> None:
-        self.nodename, self.domainname = nodename, domainname
+    kind = b"uts"
+
+    def __init__(self, nodename: str, domainname: str = "(none)", user_ns: UserNamespace = ROOT) -> None:
+        self.nodename, self.domainname, self.user_ns = nodename, domainname, user_ns
+        self.ns_ino = 0
+
+
+NO_NUMBERS: dict[PidNamespace, int] = {}  # of whoever lives in the first PID namespace
 
 
 class Session:
-    """setsid(2): process groups that share a controlling terminal."""
+    """setsid(2): process groups that share a controlling terminal. `numbers`: see pidns.py."""
 
-    def __init__(self, sid: int) -> None:
-        self.sid = sid
+    def __init__(self, sid: int, numbers: dict[PidNamespace, int] = NO_NUMBERS) -> None:
+        self.sid, self.numbers = sid, numbers
         self.groups: dict[int, ProcessGroup] = {}
         self.leader: Process | None = None
         self.tty: Any = None  # the controlling terminal, fs/tty.py
@@ -134,8 +149,8 @@ class Session:
 class ProcessGroup:
     """setpgid(2)."""
 
-    def __init__(self, pgid: int, session: Session) -> None:
-        self.pgid, self.session = pgid, session
+    def __init__(self, pgid: int, session: Session, numbers: dict[PidNamespace, int] = NO_NUMBERS) -> None:
+        self.pgid, self.session, self.numbers = pgid, session, numbers
         self.processes: set[Process] = set()
         session.groups[pgid] = self
 
@@ -145,6 +160,7 @@ class Process:
 
     def __init__(self, kernel: Kernel, pid: int, parent: Process | None, group: ProcessGroup) -> None:
         self.kernel, self.pid, self.parent, self.group = kernel, pid, parent, group
+        self.pid_ns, self.vpid, self.numbers = kernel.pid_ns, pid, NO_NUMBERS  # pidns.py: vpid is what getpid(2) says
         self.leader: Task
         self.threads: dict[int, Task] = {}
         self.children: dict[int, Process] = {}
@@ -173,7 +189,7 @@ class Process:
         self.personality = 0
         self.oom_score_adj = 0
         self.creator: Task | None = None  # the thread that forked it: __WNOTHREAD, PR_SET_PDEATHSIG
-        self.unkillable = False  # init: signals without a handler do not reach it
+        self.unkillable = False  # the init of a PID namespace: signals without a handler do not reach it
         self.exec_task: Task | None = None  # the thread in execve(2) that waits for the others to die
         self.keyring: Any = None  # the process keyring, kernel/keys.py
         self.exec_wait = WaitQueue()  # it waits here
@@ -194,8 +210,10 @@ class Task:
     def __init__(self, kernel: Kernel, tid: int, process: Process, mm: Any, files: FdTable, fs: FsContext,
                  sighand: SigHand, creds: Credentials) -> None:  # fmt: skip
         self.kernel, self.tid, self.process = kernel, tid, process
+        self.vtid, self.numbers = tid, NO_NUMBERS  # pidns.py
         self.mm, self.files, self.fs, self.sighand, self.creds = mm, files, fs, sighand, creds
         self.uts: UtsNamespace = kernel.uts
+        self.ns: NsProxy = kernel.ns  # the other namespaces, namespaces.py
         self.ctx: Any = None
         self.comm = b""  # 15 bytes at most
         self.blocked = 0  # signal mask

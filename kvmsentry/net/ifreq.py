@@ -10,6 +10,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from kvmsentry.errors import Errno
+from kvmsentry.kernel.namespaces import Simple
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.task import Task
@@ -31,6 +32,10 @@ _ifconf = struct.Struct("<i4xQ")
 
 def ioctl(task: Task, request: int, argument: int) -> int:
     """Answer one of them; ENOTTY for what is none, ENODEV and EADDRNOTAVAIL as the host says."""
+    if not isinstance(task.ns.net, Simple):
+        from kvmsentry.net import lone
+
+        return lone.ioctl(task, task.ns.net, request, argument)
     if request == SIOCGIFCONF:
         return _conf(task, argument)
     if request in SIOCSET:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.kernel import cap
+from kvmsentry.kernel.namespaces import Simple
 from kvmsentry.net import options
 from kvmsentry.net.hostsock import HostSocket, refused
 from kvmsentry.net.socket import Control
@@ -40,6 +41,7 @@ class InetSocket(HostSocket):
     def __init__(self, task: Task, host: socket.socket, family: int, kind: int, protocol: int, flags: int = 0) -> None:
         super().__init__(task, host, kind, protocol, flags)
         self.family = family
+        self.settings = host  # who keeps the options
         self.stack = stack_of(task.kernel)
         self.stack.sockets[self] = None
 
@@ -140,7 +142,7 @@ class InetSocket(HostSocket):
         if not directions & options.SET:
             raise Errno(errno.ENOPROTOOPT)
         try:
-            self.host.setsockopt(level, name, value[:most])
+            self.settings.setsockopt(level, name, value[:most])
         except OSError as error:
             raise refused(error) from None
 
@@ -157,7 +159,7 @@ class InetSocket(HostSocket):
         if not size:
             return b""
         try:
-            return self.host.getsockopt(level, name, min(most, size))
+            return self.settings.getsockopt(level, name, min(most, size))
         except OSError as error:
             raise refused(error) from None
 
@@ -165,10 +167,12 @@ class InetSocket(HostSocket):
 def create(task: Task, family: int, kind: int, protocol: int, flags: int) -> InetSocket:
     """socket(AF_INET) and socket(AF_INET6): EAFNOSUPPORT where the sandbox has no namespace of its own to make them in,
     ESOCKTNOSUPPORT, EPROTONOSUPPORT, EPERM for raw sockets without CAP_NET_RAW."""
-    if task.kernel.__dict__.get("inet_refused"):
+    net = task.ns.net
+    lone = not isinstance(net, Simple)
+    if task.kernel.__dict__.get("inet_refused") and not lone:
         raise Errno(errno.EAFNOSUPPORT)
     if kind == abi.SOCK_RAW:
-        if not task.creds.capable(cap.NET_RAW):
+        if not task.creds.capable(cap.NET_RAW) or lone:
             raise Errno(errno.EPERM)
         if not 0 < protocol <= 255:
             raise Errno(errno.EPROTONOSUPPORT)
@@ -178,6 +182,12 @@ def create(task: Task, family: int, kind: int, protocol: int, flags: int) -> Ine
         kind != abi.SOCK_DGRAM or protocol != (IPPROTO_ICMP if family == abi.AF_INET else IPPROTO_ICMPV6)
     ):
         raise Errno(errno.EPROTONOSUPPORT)
+    if lone:
+        from kvmsentry.net.lone import create as create_lone
+
+        if protocol in (IPPROTO_ICMP, IPPROTO_ICMPV6):
+            raise Errno(errno.EACCES)  # net.ipv4.ping_group_range of a new namespace is empty
+        return create_lone(task, net, family, kind, protocol or _PROTOCOLS[kind][1], flags)
     try:
         host = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
     except OSError as error:

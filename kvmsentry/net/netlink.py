@@ -13,6 +13,7 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
+from kvmsentry.kernel.namespaces import Simple
 from kvmsentry.net.hostsock import HostSocket, refused
 from kvmsentry.net.socket import Control, Received
 from kvmsentry.syscall import abi_net as abi
@@ -185,7 +186,11 @@ def create(task: Task, kind: int, protocol: int, flags: int) -> NetlinkSocket:
     """socket(AF_NETLINK): NETLINK_ROUTE and NETLINK_KOBJECT_UEVENT; EPROTONOSUPPORT for the others."""
     if kind not in (abi.SOCK_RAW, abi.SOCK_DGRAM):
         raise Errno(errno.ESOCKTNOSUPPORT)
-    if protocol not in (NETLINK_ROUTE, NETLINK_KOBJECT_UEVENT) or task.kernel.__dict__.get("inet_refused"):
+    net = task.ns.net
+    lone = not isinstance(net, Simple)
+    if protocol not in (NETLINK_ROUTE, NETLINK_KOBJECT_UEVENT) or (
+        task.kernel.__dict__.get("inet_refused") and not lone
+    ):
         raise Errno(errno.EPROTONOSUPPORT)
     try:
         # Both are route sockets on the host: one that was never asked anything is silent, as uevents are here.
@@ -193,4 +198,10 @@ def create(task: Task, kind: int, protocol: int, flags: int) -> NetlinkSocket:
     except OSError as error:
         raise refused(error) from None
     host.setblocking(False)
+    if lone and protocol == NETLINK_ROUTE:
+        from kvmsentry.net.lone import LoneNetlink
+
+        sock = LoneNetlink(task, host, kind, protocol, flags)
+        sock.net, sock.task = net, task
+        return sock
     return NetlinkSocket(task, host, kind, protocol, flags)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs.vfs import O_NONBLOCK, O_RDWR, File, Inode, SuperBlock
-from kvmsentry.kernel import cap
+from kvmsentry.kernel import cap, userns
 from kvmsentry.kernel.traps import WaitQueue
 from kvmsentry.syscall import abi_net as abi
 
@@ -196,13 +196,31 @@ def credentials_of(task: Task) -> tuple[int, int, int]:
     return task.process.pid, creds.euid, creds.egid
 
 
-def check_credentials(task: Task, pid: int, uid: int, gid: int) -> None:
-    """EPERM unless `task` may claim to be (pid, uid, gid) (scm_check_creds in net/core/scm.c)."""
-    creds = task.creds
+def check_credentials(task: Task, pid: int, uid: int, gid: int) -> tuple[int, int, int]:
+    """What `task` claims to be, as the kernel knows it: EPERM unless it may (scm_check_creds in net/core/scm.c), ESRCH
+    and EINVAL for numbers without meaning in its namespaces."""
+    creds, space = task.creds, task.process.pid_ns
+    uid, gid = userns.kuid(creds, uid), userns.kgid(creds, gid)
     if (
-        (pid == task.process.pid or creds.capable(cap.SYS_ADMIN))
-        and (uid in (creds.uid, creds.euid, creds.suid) or creds.capable(cap.SETUID))
-        and (gid in (creds.gid, creds.egid, creds.sgid) or creds.capable(cap.SETGID))
+        (pid == task.process.vpid or userns.capable(creds, space.user_ns, cap.SYS_ADMIN))
+        and (uid in (creds.uid, creds.euid, creds.suid) or creds.holds(cap.SETUID))
+        and (gid in (creds.gid, creds.egid, creds.sgid) or creds.holds(cap.SETGID))
     ):
-        return
+        if not space.level or not pid:
+            return pid, uid, gid
+        process = space.processes.get(pid)
+        if process is None:
+            raise Errno(errno.ESRCH)
+        return process.pid, uid, gid
     raise Errno(errno.EPERM)
+
+
+def shown_credentials(task: Task, credentials: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The other way round: what `task` is told of somebody's (pid, uid, gid)."""
+    pid, uid, gid = credentials
+    space, ns = task.process.pid_ns, task.creds.user_ns
+    if space.level and pid:
+        pid = space.pid_of(task.kernel.processes.get(pid))
+    if ns is not userns.ROOT and uid != userns.INVALID:
+        uid, gid = userns.shown_uid(ns, uid), userns.shown_gid(ns, gid)
+    return pid, uid, gid

@@ -31,9 +31,18 @@ from kvmsentry.fs.vfs import (
     permission,
     walk,
 )  # fmt: skip
+from kvmsentry.kernel.namespaces import Simple
 from kvmsentry.kernel.traps import WaitQueue
 from kvmsentry.net import scm
-from kvmsentry.net.socket import DEFAULT_BUFFER, MAX_BUFFER, MIN_RCVBUF, MIN_SNDBUF, Socket, credentials_of
+from kvmsentry.net.socket import (
+    DEFAULT_BUFFER,
+    MAX_BUFFER,
+    MIN_RCVBUF,
+    MIN_SNDBUF,
+    Socket,
+    credentials_of,
+    shown_credentials,
+)
 from kvmsentry.syscall import abi_net as abi
 
 if TYPE_CHECKING:
@@ -99,7 +108,8 @@ class UnixSocket(Socket, ABC):
 
     def __init__(self, task: Task, kind: int, flags: int = 0) -> None:
         super().__init__(task, kind, 0, flags)
-        self.names = names_of(task.kernel)
+        net = task.ns.net
+        self.names: Names = names_of(task.kernel) if isinstance(net, Simple) else net.names
         self.names.sockets[self] = None
         self.state = CLOSED
         self.name: bytes | None = None
@@ -389,7 +399,7 @@ class UnixSocket(Socket, ABC):
         if name == abi.SO_PASSCRED:
             return abi.INT.pack(self.passcred)
         if name == abi.SO_PEERCRED:
-            return abi.UCRED.pack(*self.peercred)
+            return abi.UCRED.pack(*shown_credentials(task, self.peercred))
         if name == abi.SO_PEERGROUPS:
             if self.peercred is UNKNOWN:
                 raise Errno(errno.ENODATA)

@@ -10,8 +10,9 @@ import errno
 from struct import Struct
 
 from kvmsentry.errors import Errno
-from kvmsentry.kernel import cap
+from kvmsentry.kernel import cap, userns
 from kvmsentry.kernel.task import Credentials, Task
+from kvmsentry.kernel.userns import ROOT, kgid, kuid, shown_gid, shown_uid
 from kvmsentry.syscall.table import Int, UInt, UserPtr, syscall
 
 NO_CHANGE = 0xFFFFFFFF
@@ -23,22 +24,26 @@ VERSION_1, VERSION_2, VERSION_3 = 0x19980330, 0x20071026, 0x20080522  # uapi/lin
 
 @syscall(102)
 def getuid(task: Task) -> int:
-    return task.creds.uid
+    creds = task.creds
+    return creds.uid if creds.user_ns is ROOT else shown_uid(creds.user_ns, creds.uid)
 
 
 @syscall(104)
 def getgid(task: Task) -> int:
-    return task.creds.gid
+    creds = task.creds
+    return creds.gid if creds.user_ns is ROOT else shown_gid(creds.user_ns, creds.gid)
 
 
 @syscall(107)
 def geteuid(task: Task) -> int:
-    return task.creds.euid
+    creds = task.creds
+    return creds.euid if creds.user_ns is ROOT else shown_uid(creds.user_ns, creds.euid)
 
 
 @syscall(108)
 def getegid(task: Task) -> int:
-    return task.creds.egid
+    creds = task.creds
+    return creds.egid if creds.user_ns is ROOT else shown_gid(creds.user_ns, creds.egid)
 
 
 def _commit(task: Task, **changes: int) -> int:
@@ -56,14 +61,15 @@ def _commit(task: Task, **changes: int) -> int:
 
 def _fix_capabilities(old: Credentials, new: Credentials) -> None:
     """cap_emulate_setxuid in security/commoncap.c."""
-    had_root = 0 in (old.uid, old.euid, old.suid)
-    if had_root and 0 not in (new.uid, new.euid, new.suid):
+    root = userns.root_uid(old.user_ns)
+    had_root = root in (old.uid, old.euid, old.suid)
+    if had_root and root not in (new.uid, new.euid, new.suid):
         if not old.securebits & cap.SECBIT_KEEP_CAPS:
             new.permitted = new.effective = 0
         new.ambient = 0
-    if old.euid == 0 and new.euid != 0:
+    if old.euid == root and new.euid != root:
         new.effective = 0
-    if old.euid != 0 and new.euid == 0:
+    if old.euid != root and new.euid == root:
         new.effective = new.permitted
 
 
@@ -72,7 +78,8 @@ def setuid(task: Task, uid: UInt) -> int:
     creds = task.creds
     if uid == NO_CHANGE:
         return -errno.EINVAL
-    if creds.capable(cap.SETUID):
+    uid = kuid(creds, uid)
+    if creds.holds(cap.SETUID):
         return _commit(task, uid=uid, euid=uid, suid=uid, fsuid=uid)
     if uid not in (creds.uid, creds.suid):
         return -errno.EPERM
@@ -84,7 +91,8 @@ def setgid(task: Task, gid: UInt) -> int:
     creds = task.creds
     if gid == NO_CHANGE:
         return -errno.EINVAL
-    if creds.capable(cap.SETGID):
+    gid = kgid(creds, gid)
+    if creds.holds(cap.SETGID):
         return _commit(task, gid=gid, egid=gid, sgid=gid, fsgid=gid)
     if gid not in (creds.gid, creds.sgid):
         return -errno.EPERM
@@ -94,7 +102,8 @@ def setgid(task: Task, gid: UInt) -> int:
 @syscall(113)
 def setreuid(task: Task, ruid: UInt, euid: UInt) -> int:
     creds = task.creds
-    if not creds.capable(cap.SETUID):
+    ruid, euid = kuid(creds, ruid), kuid(creds, euid)
+    if not creds.holds(cap.SETUID):
         if ruid not in (NO_CHANGE, creds.uid, creds.euid) or euid not in (NO_CHANGE, creds.uid, creds.euid, creds.suid):
             return -errno.EPERM
     new_ruid = creds.uid if ruid == NO_CHANGE else ruid
@@ -108,7 +117,8 @@ def setreuid(task: Task, ruid: UInt, euid: UInt) -> int:
 @syscall(114)
 def setregid(task: Task, rgid: UInt, egid: UInt) -> int:
     creds = task.creds
-    if not creds.capable(cap.SETGID):
+    rgid, egid = kgid(creds, rgid), kgid(creds, egid)
+    if not creds.holds(cap.SETGID):
         if rgid not in (NO_CHANGE, creds.gid, creds.egid) or egid not in (NO_CHANGE, creds.gid, creds.egid, creds.sgid):
             return -errno.EPERM
     new_rgid = creds.gid if rgid == NO_CHANGE else rgid
@@ -122,8 +132,9 @@ def setregid(task: Task, rgid: UInt, egid: UInt) -> int:
 @syscall(117)
 def setresuid(task: Task, ruid: UInt, euid: UInt, suid: UInt) -> int:
     creds = task.creds
+    ruid, euid, suid = kuid(creds, ruid), kuid(creds, euid), kuid(creds, suid)
     allowed = (NO_CHANGE, creds.uid, creds.euid, creds.suid)
-    if not (ruid in allowed and euid in allowed and suid in allowed) and not creds.capable(cap.SETUID):
+    if not (ruid in allowed and euid in allowed and suid in allowed) and not creds.holds(cap.SETUID):
         return -errno.EPERM
     new_euid = creds.euid if euid == NO_CHANGE else euid
     return _commit(
@@ -138,8 +149,9 @@ def setresuid(task: Task, ruid: UInt, euid: UInt, suid: UInt) -> int:
 @syscall(119)
 def setresgid(task: Task, rgid: UInt, egid: UInt, sgid: UInt) -> int:
     creds = task.creds
+    rgid, egid, sgid = kgid(creds, rgid), kgid(creds, egid), kgid(creds, sgid)
     allowed = (NO_CHANGE, creds.gid, creds.egid, creds.sgid)
-    if not (rgid in allowed and egid in allowed and sgid in allowed) and not creds.capable(cap.SETGID):
+    if not (rgid in allowed and egid in allowed and sgid in allowed) and not creds.holds(cap.SETGID):
         return -errno.EPERM
     new_egid = creds.egid if egid == NO_CHANGE else egid
     return _commit(
@@ -154,18 +166,20 @@ def setresgid(task: Task, rgid: UInt, egid: UInt, sgid: UInt) -> int:
 @syscall(118)
 def getresuid(task: Task, ruid: UserPtr, euid: UserPtr, suid: UserPtr) -> int:
     creds, mm = task.creds, task.mm
-    mm.write_u32(ruid, creds.uid)
-    mm.write_u32(euid, creds.euid)
-    mm.write_u32(suid, creds.suid)
+    ns = creds.user_ns
+    mm.write_u32(ruid, shown_uid(ns, creds.uid))
+    mm.write_u32(euid, shown_uid(ns, creds.euid))
+    mm.write_u32(suid, shown_uid(ns, creds.suid))
     return 0
 
 
 @syscall(120)
 def getresgid(task: Task, rgid: UserPtr, egid: UserPtr, sgid: UserPtr) -> int:
     creds, mm = task.creds, task.mm
-    mm.write_u32(rgid, creds.gid)
-    mm.write_u32(egid, creds.egid)
-    mm.write_u32(sgid, creds.sgid)
+    ns = creds.user_ns
+    mm.write_u32(rgid, shown_gid(ns, creds.gid))
+    mm.write_u32(egid, shown_gid(ns, creds.egid))
+    mm.write_u32(sgid, shown_gid(ns, creds.sgid))
     return 0
 
 
@@ -173,29 +187,38 @@ def getresgid(task: Task, rgid: UserPtr, egid: UserPtr, sgid: UserPtr) -> int:
 def setfsuid(task: Task, uid: UInt) -> int:
     creds = task.creds
     old = creds.fsuid
-    if uid != old and uid != NO_CHANGE and (uid in (creds.uid, creds.euid, creds.suid) or creds.capable(cap.SETUID)):
+    shown = shown_uid(creds.user_ns, old)
+    uid = _fs_id(creds.user_ns, creds.user_ns.uid_map, uid)
+    if uid != old and uid != NO_CHANGE and (uid in (creds.uid, creds.euid, creds.suid) or creds.holds(cap.SETUID)):
         effective = creds.effective
         if not creds.securebits & cap.SECBIT_NO_SETUID_FIXUP:  # cap_task_fix_setuid, LSM_SETID_FS
-            if old == 0:
+            root = userns.root_uid(creds.user_ns)
+            if old == root:
                 effective &= ~cap.FS_MASK
-            elif uid == 0:
+            elif uid == root:
                 effective |= creds.permitted & cap.FS_MASK
         task.creds = creds.replace(fsuid=uid, effective=effective)
-    return old
+    return shown
+
+
+def _fs_id(ns: userns.UserNamespace, mapping: userns.Map | None, number: int) -> int:
+    return number if ns is ROOT else userns.to_kernel(mapping, number)
 
 
 @syscall(123)
 def setfsgid(task: Task, gid: UInt) -> int:
     creds = task.creds
     old = creds.fsgid
-    if gid != old and gid != NO_CHANGE and (gid in (creds.gid, creds.egid, creds.sgid) or creds.capable(cap.SETGID)):
+    shown = shown_gid(creds.user_ns, old)
+    gid = _fs_id(creds.user_ns, creds.user_ns.gid_map, gid)
+    if gid != old and gid != NO_CHANGE and (gid in (creds.gid, creds.egid, creds.sgid) or creds.holds(cap.SETGID)):
         task.creds = creds.replace(fsgid=gid)
-    return old
+    return shown
 
 
 @syscall(115)
 def getgroups(task: Task, size: Int, groups: UserPtr) -> int:
-    mine = sorted(task.creds.groups)
+    mine = sorted(shown_gid(task.creds.user_ns, gid) for gid in task.creds.groups)
     if size < 0:
         return -errno.EINVAL
     if size:
@@ -207,12 +230,12 @@ def getgroups(task: Task, size: Int, groups: UserPtr) -> int:
 
 @syscall(116)
 def setgroups(task: Task, size: Int, groups: UserPtr) -> int:
-    if not task.creds.capable(cap.SETGID):
+    if not userns.may_setgroups(task.creds):
         return -errno.EPERM
     if not 0 <= size <= NGROUPS_MAX:
         return -errno.EINVAL
     wanted = memoryview(task.mm.read(groups, 4 * size)).cast("I") if size else ()
-    task.creds = task.creds.replace(groups=frozenset(wanted))
+    task.creds = task.creds.replace(groups=frozenset(kgid(task.creds, gid) for gid in wanted))
     return 0
 
 
@@ -236,7 +259,7 @@ def capget(task: Task, header: UserPtr, data: UserPtr) -> int:
         return 0 if error.errno == errno.EINVAL and not data else -error.errno
     if pid < 0:
         return -errno.EINVAL
-    other = task if pid in (0, task.tid) else task.kernel.tasks.get(pid)
+    other = task if pid in (0, task.vtid) else task.process.pid_ns.tasks.get(pid)
     if other is None:
         return -errno.ESRCH
     creds = other.creds
@@ -249,7 +272,7 @@ def capget(task: Task, header: UserPtr, data: UserPtr) -> int:
 @syscall(126)
 def capset(task: Task, header: UserPtr, data: UserPtr) -> int:
     halves, pid = _cap_version(task, header)
-    if pid not in (0, task.tid):
+    if pid not in (0, task.vtid):
         return -errno.EPERM
     effective = permitted = inheritable = 0
     for half in range(halves):
@@ -260,7 +283,7 @@ def capset(task: Task, header: UserPtr, data: UserPtr) -> int:
     known = (1 << (cap.LAST + 1)) - 1
     effective, permitted, inheritable = effective & known, permitted & known, inheritable & known
     old = task.creds
-    if not old.capable(cap.SETPCAP) and inheritable & ~(old.inheritable | old.permitted):
+    if not old.holds(cap.SETPCAP) and inheritable & ~(old.inheritable | old.permitted):
         return -errno.EPERM
     if inheritable & ~(old.inheritable | old.bounding) or permitted & ~old.permitted or effective & ~permitted:
         return -errno.EPERM

@@ -12,6 +12,7 @@ from kvmsentry.errors import Errno
 from kvmsentry.fs import dnotify, locks
 from kvmsentry.fs.inotify import modified
 from kvmsentry.fs.memfd import F_SEAL_EXEC, is_memfd, mapped_writable
+from kvmsentry.fs.ops import owner_or_capable
 from kvmsentry.fs.pipe import PipeFile
 from kvmsentry.fs.tmpfs import (
     F_SEAL_FUTURE_WRITE,
@@ -23,8 +24,10 @@ from kvmsentry.fs.tmpfs import (
     TmpInode,
 )
 from kvmsentry.fs.vfs import FASYNC, O_APPEND, O_DIRECT, O_NOATIME, O_NONBLOCK, O_PATH, TASK_IO, WATCHES, File
+from kvmsentry.kernel.pidns import PidNamespace
 from kvmsentry.kernel.task import RLIM_INFINITY, RLIMIT_FSIZE, RLIMIT_NOFILE, SigInfo
 from kvmsentry.kernel.traps import Pace
+from kvmsentry.kernel.userns import shown_uid
 from kvmsentry.syscall.sys_io import LONG, install, limit_size, writable
 from kvmsentry.syscall.table import Fd, Int, Offset, Size, UInt, ULong, syscall
 
@@ -171,7 +174,7 @@ def fcntl(task: Task, fd: Fd, command: UInt, arg: ULong) -> Any:
     if command == F_NOTIFY:
         dnotify.notify(file, arg & 0xFFFFFFFF, lambda: AsyncNotice(file, task.kernel).send(POLL_MSG, POLL_MSG_BAND))
         if file.owner is None or not file.owner.id:
-            ownership(task, file, fd, F_SETOWN, task.process.pid)
+            ownership(task, file, fd, F_SETOWN, task.process.vpid)
         return 0
     if command == F_GETLEASE:
         return locks.F_UNLCK
@@ -192,7 +195,7 @@ def fcntl(task: Task, fd: Fd, command: UInt, arg: ULong) -> Any:
 def set_flags(task: Task, file: File, flags: int) -> int:
     """F_SETFL (setfl in fs/fcntl.c)."""
     creds = task.creds
-    if flags & O_NOATIME & ~file.flags and creds.fsuid != file.inode.uid and not creds.capable(CAP_FOWNER):
+    if flags & O_NOATIME & ~file.flags and not owner_or_capable(file.inode, creds):
         raise Errno(errno.EPERM)
     if (flags ^ file.flags) & FASYNC:
         set_async(task, file, bool(flags & FASYNC))
@@ -207,14 +210,15 @@ def ownership(task: Task, file: File, fd: int, command: int, arg: int) -> int:
     """Who gets SIGIO: F_SETOWN and the like."""
     owner: Owner = file.owner or Owner()
     if command == F_GETOWN:
-        return -owner.id if owner.kind == F_OWNER_PGRP else owner.id
+        number = _shown_owner(task, owner)
+        return -number if owner.kind == F_OWNER_PGRP else number
     if command == F_GETSIG:
         return owner.signo
     if command == F_GETOWN_EX:
-        task.mm.write(arg, _two_ints.pack(owner.kind, owner.id))
+        task.mm.write(arg, _two_ints.pack(owner.kind, _shown_owner(task, owner)))
         return 0
     if command == F_GETOWNER_UIDS:
-        task.mm.write(arg, struct.pack("<II", owner.uid, owner.euid))
+        task.mm.write(arg, struct.pack("<II", *(shown_uid(task.creds.user_ns, uid) for uid in (owner.uid, owner.euid))))
         return 0
     if command == F_SETSIG:
         if arg > 64:
@@ -232,20 +236,40 @@ def ownership(task: Task, file: File, fd: int, command: int, arg: int) -> int:
             raise Errno(errno.EINVAL)
         kind = F_OWNER_PID if number >= 0 else F_OWNER_PGRP
         number = abs(number)
-    kernel = task.kernel
-    found: Any = number == 0
-    if kind == F_OWNER_PGRP:
-        found = found or any(number in session.groups for session in kernel.sessions.values())
-    elif kind == F_OWNER_TID:
-        found = found or number in kernel.tasks
-    else:
-        found = found or number in kernel.processes
-    if not found:
-        raise Errno(errno.ESRCH)
+    space = task.process.pid_ns
+    if number:
+        number = _owner_id(space, kind, number)
+        if not number:
+            raise Errno(errno.ESRCH)
     owner.kind, owner.id, owner.fd = kind, number, fd
     owner.uid, owner.euid = task.creds.uid, task.creds.euid
     file.owner = owner
     return 0
+
+
+def _owner_id(space: PidNamespace, kind: int, number: int) -> int:
+    """The kernel's number for the caller's; 0 for nobody."""
+    if kind == F_OWNER_PGRP:
+        group = space.group(number)
+        return group.pgid if group is not None else 0
+    if kind == F_OWNER_TID:
+        thread = space.tasks.get(number)
+        return thread.tid if thread is not None else 0
+    process = space.processes.get(number)
+    return process.pid if process is not None else 0
+
+
+def _shown_owner(task: Task, owner: Owner) -> int:
+    """The caller's number for the kernel's."""
+    space, kernel = task.process.pid_ns, task.kernel
+    if not space.level or not owner.id:
+        return owner.id
+    if owner.kind == F_OWNER_PGRP:
+        return next((space.pgid_of(p.group) for p in space.processes.values() if p.group.pgid == owner.id), 0)
+    if owner.kind == F_OWNER_TID:
+        thread = kernel.tasks.get(owner.id)
+        return space.tid_of(thread) if thread is not None else 0
+    return space.pid_of(kernel.processes.get(owner.id))
 
 
 def record_lock(task: Task, file: File, command: int, arg: int) -> Any:
@@ -282,7 +306,10 @@ def record_lock(task: Task, file: File, command: int, arg: int) -> Any:
             answer = _flock.pack(locks.F_UNLCK, whence, start, length, pid)
         else:
             span = record.end - record.start if record.end != locks.END else 0
-            answer = _flock.pack(record.kind, 0, record.start, span, record.pid)
+            holder = record.pid
+            if task.process.numbers and holder > 0:
+                holder = task.process.pid_ns.pid_of(task.kernel.processes.get(holder))
+            answer = _flock.pack(record.kind, 0, record.start, span, holder)
         task.mm.write(arg, answer)
         return 0
     if (kind == locks.F_RDLCK and not file.readable) or (kind == locks.F_WRLCK and not file.writable):

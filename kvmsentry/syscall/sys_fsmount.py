@@ -30,6 +30,7 @@ from kvmsentry.fs.vfs import (
 )
 from kvmsentry.kernel import cap
 from kvmsentry.kernel.task import Task
+from kvmsentry.kernel.userns import ROOT, capable
 from kvmsentry.syscall.sys_io import install
 from kvmsentry.syscall.sys_path import AT_EMPTY_PATH, AT_FDCWD, AT_SYMLINK_NOFOLLOW, place_at
 from kvmsentry.syscall.table import DirFd, Fd, Int, Path, Size, UInt, UserPtr, syscall
@@ -118,7 +119,7 @@ def _dissolve(mount: Mount) -> None:
 
 
 def _privileged(task: Task) -> None:
-    if not task.creds.capable(cap.SYS_ADMIN):
+    if not capable(task.creds, mounts.namespace_of(task).user_ns, cap.SYS_ADMIN):
         raise Errno(errno.EPERM)
 
 
@@ -206,6 +207,8 @@ def fsconfig(task: Task, fd: Fd, command: UInt, key: UserPtr, value: UserPtr, au
             return -errno.EBUSY
         _privileged(task)
         mount = context.mount
+        if not capable(task.creds, mount.sb.__dict__.get("user_ns", ROOT), cap.SYS_ADMIN):
+            return -errno.EPERM
         if context.options and hasattr(mount.sb, "configure"):
             mount.sb.configure(context.options)
         if context.readonly is not None:
@@ -243,6 +246,7 @@ def _copy(old: Mount, new: Mount, below: Dentry) -> None:
     for dentry, child in list(old.children.items()):
         if child is not new and mounts._dentry_below(dentry, below):
             twin = mounts.new_mount(child.sb, child.root, child.flags)
+            twin.locked = child.locked
             twin.attach(new, dentry)
             _copy(child, twin, child.root)
 
@@ -261,7 +265,10 @@ def open_tree(task: Task, dirfd: DirFd, pathname: Path, flags: UInt) -> int:
         return install(task, File(place.inode, place, O_PATH), 0, bool(flags & O_CLOEXEC))
     if place.mount.namespace is not mounts.namespace_of(task):
         return -errno.EINVAL
+    if not flags & AT_RECURSIVE and mounts.has_locked_children(place):
+        return -errno.EINVAL
     mount = mounts.new_mount(place.mount.sb, place.dentry, place.mount.flags)
+    mount.locked = place.mount.locked & ~mounts.MNT_LOCKED
     if flags & AT_RECURSIVE:
         _copy(place.mount, mount, place.dentry)
     return install(task, TreeFile(mount), 0, bool(flags & O_CLOEXEC))
@@ -326,6 +333,9 @@ def mount_setattr(task: Task, dirfd: DirFd, pathname: Path, flags: UInt, uattr: 
     mount = place.mount
     if place.dentry is not mount.root or mount.namespace not in (None, mounts.namespace_of(task)):
         return -errno.EINVAL
-    for each in mounts._tree(mount) if flags & AT_RECURSIVE else (mount,):
+    changed = list(mounts._tree(mount)) if flags & AT_RECURSIVE else [mount]
+    if any(each.locked & mounts.LOCKABLE & ~(each.flags & ~remove | add) for each in changed):
+        return -errno.EPERM  # can_change_locked_flags
+    for each in changed:
         each.flags = each.flags & ~remove | add
     return 0

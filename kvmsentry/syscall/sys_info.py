@@ -9,7 +9,7 @@ import struct
 from typing import Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.kernel import identity
+from kvmsentry.kernel import identity, userns
 from kvmsentry.kernel.task import Task
 from kvmsentry.kernel.traps import Pace
 from kvmsentry.syscall.table import Int, Size, UInt, ULong, UserPtr, syscall
@@ -39,7 +39,7 @@ def uname(task: Task, buf: UserPtr) -> int:
 
 
 def _name(task: Task, name: int, length: int) -> str | int:
-    if not task.creds.capable(CAP_SYS_ADMIN):
+    if not userns.capable(task.creds, task.uts.user_ns, CAP_SYS_ADMIN):
         return -errno.EPERM
     if not 0 <= length <= 64:
         return -errno.EINVAL

@@ -28,6 +28,7 @@ from kvmsentry.kernel.sysvipc import (
 )
 from kvmsentry.kernel.task import Task
 from kvmsentry.kernel.traps import park
+from kvmsentry.kernel.userns import kgid, kuid, shown_gid, shown_uid
 from kvmsentry.syscall.abi_time import read_timespec
 from kvmsentry.syscall.table import Int, Long, Size, UInt, ULong, UserPtr, syscall
 
@@ -45,14 +46,22 @@ SHM_INFO_S = struct.Struct("<i4x5Q")  # struct shm_info: used_ids tot rss swp sw
 MSG_STAT, MSG_INFO, MSG_STAT_ANY = 11, 12, 13
 
 
-def _perm(thing: IpcObject) -> bytes:
-    return IPC_PERM.pack(thing.key, thing.uid, thing.gid, thing.cuid, thing.cgid, thing.mode, thing.seq, 0, 0)
+def _perm(task: Task, thing: IpcObject) -> bytes:
+    ns = task.creds.user_ns
+    owner = shown_uid(ns, thing.uid), shown_gid(ns, thing.gid), shown_uid(ns, thing.cuid), shown_gid(ns, thing.cgid)
+    return IPC_PERM.pack(thing.key, *owner, thing.mode, thing.seq, 0, 0)
+
+
+def _pid(task: Task, pid: int) -> int:
+    """A kept pid as the caller knows it: 0 for one that its namespace does not see."""
+    space = task.process.pid_ns
+    return space.pid_of(task.kernel.processes.get(pid)) if space.level else pid
 
 
 def _set(task: Task, thing: IpcObject, raw: bytes) -> None:
     thing.own(task.creds)
     _, uid, gid, _, _, mode, *_ = IPC_PERM.unpack_from(raw)
-    thing.uid, thing.gid, thing.mode = uid, gid, mode & 0o777
+    thing.uid, thing.gid, thing.mode = kuid(task.creds, uid), kgid(task.creds, gid), mode & 0o777
     thing.ctime = int(time.time())
 
 
@@ -165,15 +174,15 @@ def msgctl(task: Task, msqid: Int, cmd: Int, buf: UserPtr) -> int:
         task.mm.write(
             buf,
             MSQID_DS.pack(
-                _perm(queue),
+                _perm(task, queue),
                 queue.stime,
                 queue.rtime,
                 queue.ctime,
                 queue.bytes,
                 len(queue.messages),
                 queue.max_bytes,
-                queue.lspid,
-                queue.lrpid,
+                _pid(task, queue.lspid),
+                _pid(task, queue.lrpid),
             ),
         )
         return 0 if cmd == IPC_STAT else queue.id
@@ -290,7 +299,7 @@ def semctl(task: Task, semid: Int, semnum: Int, cmd: Int, arg: ULong) -> int:
     if cmd != SEM_STAT_ANY:
         semaphores.permit(4, task.creds)
     if cmd in (IPC_STAT, SEM_STAT, SEM_STAT_ANY):
-        task.mm.write(arg, SEMID_DS.pack(_perm(semaphores), semaphores.otime, 0, semaphores.ctime, 0, count))
+        task.mm.write(arg, SEMID_DS.pack(_perm(task, semaphores), semaphores.otime, 0, semaphores.ctime, 0, count))
         return 0 if cmd == IPC_STAT else semaphores.id
     if cmd == GETALL:
         task.mm.write(arg, struct.pack(f"<{count}H", *semaphores.values))
@@ -298,7 +307,7 @@ def semctl(task: Task, semid: Int, semnum: Int, cmd: Int, arg: ULong) -> int:
     if cmd == GETVAL:
         return semaphores.values[semnum]
     if cmd == GETPID:
-        return semaphores.pids[semnum]
+        return _pid(task, semaphores.pids[semnum])
     return semaphores.sleepers.count((semnum, cmd == GETZCNT))
 
 
@@ -388,13 +397,13 @@ def shmctl(task: Task, shmid: Int, cmd: Int, buf: UserPtr) -> int:
         task.mm.write(
             buf,
             SHMID_DS.pack(
-                _perm(segment),
+                _perm(task, segment),
                 segment.size,
                 segment.atime,
                 segment.dtime,
                 segment.ctime,
-                segment.cpid,
-                segment.lpid,
+                _pid(task, segment.cpid),
+                _pid(task, segment.lpid),
                 segment.attached,
             ),
         )

@@ -14,7 +14,7 @@ from kvmsentry.errors import Errno
 from kvmsentry.fs.vfs import O_NONBLOCK, File
 from kvmsentry.kernel.task import RLIMIT_NOFILE
 from kvmsentry.net import scm
-from kvmsentry.net.socket import Control, Received, Socket, check_credentials
+from kvmsentry.net.socket import Control, Received, Socket, check_credentials, shown_credentials
 from kvmsentry.syscall import abi_net as abi
 from kvmsentry.syscall.abi_time import TIMESPEC
 from kvmsentry.syscall.sys_io import BIG, IOV_MAX, MAX_RW_COUNT, broken_pipe, check_range, fetch_iov, iov_views
@@ -133,8 +133,7 @@ def fetch_control(task: Task, sock: Socket, at: int, length: int) -> Control | N
                     raise Errno(errno.EINVAL)
                 creds = abi.UCRED.unpack(value)
                 if local:
-                    check_credentials(task, *creds)
-                    control.creds = creds
+                    control.creds = check_credentials(task, *creds)
             elif local:
                 if level == abi.SOL_SOCKET:
                     raise Errno(errno.EINVAL)
@@ -302,6 +301,8 @@ def _store_control(task: Task, r: Received, at: int, room: int, flags: int) -> t
     are given back (put_cmsg, scm_detach_fds)."""
     used = added = 0
     for level, kind, data in r.control or ():
+        if kind == abi.SCM_CREDENTIALS and level == abi.SOL_SOCKET and len(data) == abi.UCRED.size:
+            data = abi.UCRED.pack(*shown_credentials(task, abi.UCRED.unpack(data)))
         left = room - used
         if left < abi.CMSG.size:
             added |= abi.MSG_CTRUNC

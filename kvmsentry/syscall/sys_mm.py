@@ -261,14 +261,14 @@ def mbind(task: Task, addr: UserPtr, length: Size, mode: ULong, nodemask: UserPt
 
 @syscall(256, note="there is one memory node")
 def migrate_pages(task: Task, pid: Pid, maxnode: ULong, old_nodes: UserPtr, new_nodes: UserPtr) -> int:
-    return 0 if pid == 0 or pid in task.kernel.processes else -errno.ESRCH
+    return 0 if pid == 0 or pid in task.process.pid_ns.processes else -errno.ESRCH
 
 
 @syscall(279, note="there is one memory node")
 def move_pages(task: Task, pid: Pid, count: ULong, pages: UserPtr, nodes: UserPtr, status: UserPtr, flags: Int) -> Any:
     if flags & ~6:
         return -errno.EINVAL
-    if pid and pid not in task.kernel.processes:
+    if pid and pid not in task.process.pid_ns.processes:
         return -errno.ESRCH
     if count > 1 << 20:
         return -errno.E2BIG

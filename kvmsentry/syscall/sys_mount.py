@@ -8,6 +8,7 @@ from kvmsentry.errors import Errno
 from kvmsentry.fs import mounts
 from kvmsentry.fs.vfs import FOLLOW, MS_BIND, MS_REMOUNT, PATH_MAX, walk
 from kvmsentry.kernel.task import Task
+from kvmsentry.kernel.userns import capable
 from kvmsentry.syscall.table import Int, Path, ULong, UserPtr, syscall
 
 CAP_SYS_ADMIN = 21  # uapi/linux/capability.h
@@ -15,7 +16,7 @@ MS_MGC_VAL, MS_MGC_MSK = 0xC0ED0000, 0xFFFF0000  # uapi/linux/mount.h
 
 
 def _may_mount(task: Task) -> None:
-    if not task.creds.capable(CAP_SYS_ADMIN):
+    if not capable(task.creds, mounts.namespace_of(task).user_ns, CAP_SYS_ADMIN):
         raise Errno(errno.EPERM)
 
 

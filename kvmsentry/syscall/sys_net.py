@@ -9,7 +9,7 @@ from kvmsentry.errors import Errno
 from kvmsentry.fs.vfs import O_NONBLOCK, O_PATH, POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDHUP, POLLRDNORM, POLLWRNORM
 from kvmsentry.kernel.task import RLIMIT_NOFILE
 from kvmsentry.kernel.traps import ERESTARTSYS, WaitQueue, park
-from kvmsentry.net import ifreq, inet, netlink, unix, unix_packet, unix_stream  # noqa: F401 - no imports once locked in
+from kvmsentry.net import ifreq, inet, lone, netlink, unix, unix_packet, unix_stream  # noqa: F401 - no imports once locked in
 from kvmsentry.net.socket import Socket
 from kvmsentry.syscall import abi_net as abi
 from kvmsentry.syscall.sys_io import install

@@ -188,20 +188,20 @@ def openat2(task: Task, dirfd: DirFd, pathname: Path, how: UserPtr, size: Size) 
 @syscall(4)
 def stat(task: Task, pathname: Path, statbuf: UserPtr) -> int:
     mm = task.mm
-    mm.write(statbuf, pack_stat(walk(task, mm.read_cstring(pathname, PATH_MAX)).inode))
+    mm.write(statbuf, pack_stat(walk(task, mm.read_cstring(pathname, PATH_MAX)).inode, task.creds.user_ns))
     return 0
 
 
 @syscall(6)
 def lstat(task: Task, pathname: Path, statbuf: UserPtr) -> int:
     mm = task.mm
-    mm.write(statbuf, pack_stat(walk(task, mm.read_cstring(pathname, PATH_MAX), None, 0).inode))
+    mm.write(statbuf, pack_stat(walk(task, mm.read_cstring(pathname, PATH_MAX), None, 0).inode, task.creds.user_ns))
     return 0
 
 
 @syscall(5)
 def fstat(task: Task, fd: Fd, statbuf: UserPtr) -> int:
-    task.mm.write(statbuf, pack_stat(task.files.get(fd).inode))
+    task.mm.write(statbuf, pack_stat(task.files.get(fd).inode, task.creds.user_ns))
     return 0
 
 
@@ -210,7 +210,7 @@ def newfstatat(task: Task, dirfd: DirFd, pathname: Path, statbuf: UserPtr, flags
     if flags & ~(AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT | AT_EMPTY_PATH):
         return -errno.EINVAL
     inode, _ = inode_at(task, dirfd, pathname, flags)
-    task.mm.write(statbuf, pack_stat(inode))
+    task.mm.write(statbuf, pack_stat(inode, task.creds.user_ns))
     return 0
 
 
@@ -221,7 +221,7 @@ def statx(task: Task, dirfd: DirFd, pathname: Path, flags: UInt, mask: UInt, buf
     if flags & ~(AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT | AT_EMPTY_PATH | AT_STATX_SYNC_TYPE):
         return -errno.EINVAL
     inode, place = inode_at(task, dirfd, pathname, flags)
-    task.mm.write(buf, pack_statx(inode, place))
+    task.mm.write(buf, pack_statx(inode, place, task.creds.user_ns))
     return 0
 
 
@@ -600,7 +600,7 @@ def fchdir(task: Task, fd: Fd) -> int:
 @syscall(161)
 def chroot(task: Task, pathname: Path) -> int:
     place = _directory(task, walk(task, task.mm.read_cstring(pathname, PATH_MAX)))
-    if not task.creds.capable(CAP_SYS_CHROOT):
+    if not task.creds.holds(CAP_SYS_CHROOT):
         return -errno.EPERM
     task.fs.root = place
     return 0

@@ -120,7 +120,7 @@ def _capbset_read(task: Task, number: int, *_: int) -> int:
 
 
 def _capbset_drop(task: Task, number: int, *_: int) -> int:
-    if not task.creds.capable(cap.SETPCAP):
+    if not task.creds.holds(cap.SETPCAP):
         return -errno.EPERM
     if number > cap.LAST:
         return -errno.EINVAL
@@ -136,7 +136,7 @@ def _set_securebits(task: Task, value: int, *_: int) -> int:
         (locks >> 1) & (old ^ value)  # a locked bit would change
         or locks & ~value  # a lock would open
         or value & ~(cap.SECURE_ALL_BITS | cap.SECURE_ALL_LOCKS)
-        or not creds.capable(cap.SETPCAP)
+        or not creds.holds(cap.SETPCAP)
     ):
         return -errno.EPERM
     task.creds = creds.replace(securebits=value)

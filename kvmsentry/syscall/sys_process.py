@@ -10,7 +10,7 @@ from typing import Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs.vfs import PATH_MAX
-from kvmsentry.kernel import cap, cputime, exec, exit, fork, sysvipc
+from kvmsentry.kernel import cap, cputime, exec, exit, fork, sysvipc, userns
 from kvmsentry.kernel.exit import (
     P_ALL,
     P_PGID,
@@ -35,7 +35,6 @@ from kvmsentry.syscall.sys_io import LONG
 from kvmsentry.syscall.table import (
     GONE,
     DirFd,
-    Fd,
     Int,
     Path,
     Pid,
@@ -56,24 +55,24 @@ RUSAGE_SELF, RUSAGE_CHILDREN, RUSAGE_THREAD = 0, -1, 1
 # -- who am I --
 @syscall(39)
 def getpid(task: Task) -> int:
-    return task.process.pid
+    return task.process.vpid
 
 
 @syscall(186)
 def gettid(task: Task) -> int:
-    return task.tid
+    return task.vtid
 
 
 @syscall(110)
 def getppid(task: Task) -> int:
-    parent = task.process.parent
-    return parent.pid if parent is not None else 0
+    process = task.process
+    return process.pid_ns.pid_of(process.parent)
 
 
 @syscall(218)
 def set_tid_address(task: Task, address: UserPtr) -> int:
     task.clear_child_tid = address
-    return task.tid
+    return task.vtid
 
 
 @syscall(273)
@@ -88,7 +87,7 @@ def set_robust_list(task: Task, head: UserPtr, length: Size) -> int:
 def get_robust_list(task: Task, pid: Pid, head: UserPtr, length: UserPtr) -> int:
     other = task
     if pid:
-        found = task.kernel.tasks.get(pid)
+        found = task.process.pid_ns.tasks.get(pid)
         if found is None:
             return -errno.ESRCH
         other = found
@@ -104,10 +103,13 @@ def may_trace(task: Task, other: Task) -> bool:
     if task.process is other.process:
         return True
     mine, theirs = task.creds, other.creds
-    if mine.capable(cap.SYS_PTRACE):
+    if userns.capable(mine, theirs.user_ns, cap.SYS_PTRACE):
         return True
     same = mine.uid == theirs.uid == theirs.euid == theirs.suid and mine.gid == theirs.gid == theirs.egid == theirs.sgid
-    return same and other.process.dumpable == 1 and not theirs.permitted & ~mine.permitted
+    return (
+        same and other.process.dumpable == 1 and theirs.user_ns is mine.user_ns
+        and not theirs.permitted & ~mine.permitted
+    )  # fmt: skip
 
 
 # -- beginning --
@@ -123,7 +125,7 @@ def vfork(task: Task) -> Any:
 
 @syscall(
     56,
-    partial="of the namespaces only CLONE_NEWUTS and CLONE_NEWNS are made anew, others are EINVAL; "
+    partial="CLONE_NEWTIME is EINVAL; CLONE_NEWNET gives a loopback device and no more; "
     "CLONE_IO and CLONE_SYSVSEM change nothing",
 )
 def clone(task: Task, flags: ULong, stack: UserPtr, parent_tid: UserPtr, child_tid: UserPtr, tls: ULong) -> Any:
@@ -134,7 +136,7 @@ def clone(task: Task, flags: ULong, stack: UserPtr, parent_tid: UserPtr, child_t
     return fork.clone(task, flags & ~CSIGNAL, flags & CSIGNAL, stack, tls, parent_tid, child_tid, pidfd)
 
 
-@syscall(435, partial="as clone; CLONE_INTO_CGROUP is EINVAL, set_tid takes one id")
+@syscall(435, partial="as clone; CLONE_INTO_CGROUP is EINVAL")
 def clone3(task: Task, args: UserPtr, size: Size) -> Any:
     if size > 4096:
         return -errno.E2BIG
@@ -188,10 +190,11 @@ def _by_pid(task: Task, pid: int) -> Callable[[Process], bool] | None:
     """wait4's first argument as a question to a child."""
     if pid == -1:
         return None
+    ns = task.process.pid_ns
     if pid > 0:
-        return lambda child: child.pid == pid
-    pgid = -pid if pid else task.process.group.pgid
-    return lambda child: child.group.pgid == pgid
+        return lambda child: ns.pid_of(child) == pid
+    pgid = -pid if pid else ns.pgid_of(task.process.group)
+    return lambda child: ns.pgid_of(child.group) == pgid
 
 
 @syscall(61)
@@ -300,7 +303,7 @@ def getrusage(task: Task, who: Int, usage: UserPtr) -> int:
 
 # -- other processes' memory and files --
 def _other(task: Task, pid: int) -> Task:
-    other = task.kernel.tasks.get(pid)
+    other = task.process.pid_ns.tasks.get(pid)
     if other is None:
         raise Errno(errno.ESRCH)
     if not may_trace(task, other):
@@ -424,35 +427,4 @@ def kcmp(task: Task, pid1: Pid, pid2: Pid, kind: Int, index1: ULong, index2: ULo
 
 @syscall(101, note="no process may trace another")
 def ptrace(task: Task, request: ULong, pid: Pid, address: ULong, data: ULong) -> int:
-    return -errno.EPERM
-
-
-@syscall(272, partial="CLONE_NEWUTS, CLONE_NEWNS, CLONE_FS, CLONE_FILES, CLONE_SYSVSEM; other namespaces are EINVAL")
-def unshare(task: Task, flags: ULong) -> int:
-    known = (
-        fork.NAMESPACES | fork.CLONE_NEWTIME | fork.CLONE_THREAD | fork.CLONE_FS | fork.CLONE_VM | fork.CLONE_SIGHAND
-        | fork.CLONE_FILES | fork.CLONE_SYSVSEM
-    )  # fmt: skip
-    if flags & ~known or flags & fork.CLONE_NEWTIME:
-        return -errno.EINVAL
-    if flags & (fork.CLONE_THREAD | fork.CLONE_SIGHAND | fork.CLONE_VM) and (
-        len(task.process.threads) > 1 or task.mm.users > 1
-    ):
-        return -errno.EINVAL
-    if flags & fork.NAMESPACES:
-        fork.check_namespaces(task, flags)
-    if flags & (fork.CLONE_FS | fork.CLONE_NEWNS) and task.fs.users > 1:
-        task.fs.users -= 1
-        task.fs = task.fs.copy()
-    if flags & (fork.CLONE_NEWUTS | fork.CLONE_NEWNS):
-        task.uts = fork.new_namespaces(task, task.fs, flags)
-    if flags & fork.CLONE_FILES and task.files.users > 1:
-        task.files.users -= 1
-        task.files = task.files.copy()
-    return 0
-
-
-@syscall(308, partial="no namespace can be entered: EPERM for namespace files and pidfds")
-def setns(task: Task, fd: Fd, kind: Int) -> int:
-    task.files.get(fd)
     return -errno.EPERM

@@ -7,6 +7,7 @@ import errno
 import struct
 
 from kvmsentry.errors import Errno
+from kvmsentry.kernel import userns
 from kvmsentry.kernel.task import Task
 from kvmsentry.syscall.abi_time import write_timespec
 from kvmsentry.syscall.table import Int, Pid, UInt, UserPtr, syscall
@@ -27,7 +28,7 @@ def sched_yield(task: Task) -> int:
 def _target(task: Task, pid: int, negative: int = errno.EINVAL) -> Task:
     if pid < 0:
         raise Errno(negative)
-    target = task.kernel.tasks.get(pid) if pid else task
+    target = task.process.pid_ns.tasks.get(pid) if pid else task
     if target is None:
         raise Errno(errno.ESRCH)
     return target
@@ -35,7 +36,9 @@ def _target(task: Task, pid: int, negative: int = errno.EINVAL) -> Task:
 
 def _may_change(task: Task, target: Task) -> None:
     creds = task.creds
-    if creds.euid not in (target.creds.uid, target.creds.euid) and not creds.capable(CAP_SYS_NICE):
+    if creds.euid not in (target.creds.uid, target.creds.euid) and not userns.capable(
+        creds, target.creds.user_ns, CAP_SYS_NICE
+    ):
         raise Errno(errno.EPERM)
 
 

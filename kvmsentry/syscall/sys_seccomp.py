@@ -40,7 +40,7 @@ def set_filter(task: Task, flags: int, args: int) -> int:
     length, address = task.mm.read_struct(FPROG, args)
     if not 0 < length <= filters.BPF_MAXINSNS:
         return -errno.EINVAL
-    if not task.process.no_new_privs and not task.creds.capable(CAP_SYS_ADMIN):
+    if not task.process.no_new_privs and not task.creds.holds(CAP_SYS_ADMIN):
         return -errno.EACCES
     program = task.mm.read(address, length * filters.INSTRUCTION.size)
     diverged = filters.install(task, program, flags, bool(flags & FLAG_TSYNC))

@@ -6,7 +6,7 @@ import errno
 from struct import Struct
 
 from kvmsentry.errors import Errno
-from kvmsentry.kernel import cap, cputime, exit
+from kvmsentry.kernel import cap, cputime, exit, userns
 from kvmsentry.kernel.exec import set_limits
 from kvmsentry.kernel.task import (
     RLIM_NLIMITS,
@@ -31,9 +31,10 @@ def _process(task: Task, pid: int) -> Process:
     """The process `pid`, the caller's for 0; ESRCH."""
     if not pid:
         return task.process
-    process = task.kernel.processes.get(pid)
+    space = task.process.pid_ns
+    process = space.processes.get(pid)
     if process is None:
-        thread = task.kernel.tasks.get(pid)
+        thread = space.tasks.get(pid)
         if thread is None:
             raise Errno(errno.ESRCH)
         return thread.process
@@ -46,9 +47,10 @@ def setpgid(task: Task, pid: Pid, pgid: Pid) -> int:
     process = task.process
     if pgid < 0:
         return -errno.EINVAL
-    target = task.kernel.processes.get(pid) if pid else process
+    space = process.pid_ns
+    target = space.processes.get(pid) if pid else process
     if target is None:
-        return -errno.EINVAL if pid in task.kernel.tasks else -errno.ESRCH
+        return -errno.EINVAL if pid in space.tasks else -errno.ESRCH
     if target.parent is process:
         if target.session is not process.session:
             return -errno.EPERM
@@ -58,13 +60,15 @@ def setpgid(task: Task, pid: Pid, pgid: Pid) -> int:
         return -errno.ESRCH
     if target.session.leader is target:
         return -errno.EPERM
-    pgid = pgid or target.pid
     session = process.session
-    group = session.groups.get(pgid)
-    if group is None:
-        if pgid != target.pid:
+    if pgid in (0, space.pid_of(target)):
+        group = session.groups.get(target.pid)
+        if group is None:
+            group = ProcessGroup(target.pid, session, target.numbers)
+    else:
+        group = session.groups.get(pgid) if not space.level else space.group(pgid)
+        if group is None or group.session is not session:
             return -errno.EPERM
-        group = ProcessGroup(pgid, session)
     if group is not target.group:
         exit.leave_group(target)
         target.group = group
@@ -74,12 +78,13 @@ def setpgid(task: Task, pid: Pid, pgid: Pid) -> int:
 
 @syscall(121)
 def getpgid(task: Task, pid: Pid) -> int:
-    return _process(task, pid).group.pgid
+    return task.process.pid_ns.pgid_of(_process(task, pid).group)
 
 
 @syscall(111)
 def getpgrp(task: Task) -> int:
-    return task.process.group.pgid
+    process = task.process
+    return process.pid_ns.pgid_of(process.group)
 
 
 @syscall(112)
@@ -88,19 +93,19 @@ def setsid(task: Task) -> int:
     pid = process.pid
     if process.session.leader is process or any(pid in session.groups for session in kernel.sessions.values()):
         return -errno.EPERM
-    session = Session(pid)
+    session = Session(pid, process.numbers)
     kernel.sessions[pid] = session
     session.leader = process
-    group = ProcessGroup(pid, session)
+    group = ProcessGroup(pid, session, process.numbers)
     exit.leave_group(process)
     process.group = group
     group.processes.add(process)
-    return pid
+    return process.vpid
 
 
 @syscall(124)
 def getsid(task: Task, pid: Pid) -> int:
-    return _process(task, pid).session.sid
+    return task.process.pid_ns.sid_of(_process(task, pid).session)
 
 
 # -- limits --
@@ -145,7 +150,9 @@ def prlimit64(task: Task, pid: Pid, resource: UInt, new: UserPtr, old: UserPtr) 
         return -errno.EINVAL
     wanted = RLIMIT.unpack(task.mm.read(new, 16)) if new else None
     process = _process(task, pid)
-    if process is not task.process and not task.creds.capable(cap.SYS_RESOURCE):
+    if process is not task.process and not userns.capable(
+        task.creds, process.leader.creds.user_ns, cap.SYS_RESOURCE
+    ):
         mine, theirs = task.creds, process.leader.creds
         if not (
             mine.uid == theirs.uid == theirs.euid == theirs.suid
@@ -177,14 +184,15 @@ def times(task: Task, buf: UserPtr) -> int:
 
 def _targets(task: Task, which: int, who: int, kinds: tuple[int, int, int]) -> list[Task]:
     """The threads that getpriority(2) and ioprio_get(2) are about; EINVAL, ESRCH."""
-    tasks = task.kernel.tasks
+    space = task.process.pid_ns
+    tasks = space.tasks
     if which == kinds[0]:
         found = [tasks[who]] if who in tasks else [] if who else [task]
     elif which == kinds[1]:
-        pgid = who or task.process.group.pgid
-        found = [t for t in tasks.values() if t.process.group.pgid == pgid]
+        group = space.group(who) if who else task.process.group
+        found = [t for t in tasks.values() if t.process.group is group]
     elif which == kinds[2]:
-        uid = who or task.creds.uid
+        uid = userns.kuid(task.creds, who & 0xFFFFFFFF) if who else task.creds.uid
         found = [t for t in tasks.values() if t.creds.uid == uid]
     else:
         raise Errno(errno.EINVAL)
@@ -208,7 +216,9 @@ def setpriority(task: Task, which: Int, who: Int, nice: Int) -> int:
     creds = task.creds
     failed = 0
     for other in _targets(task, which, who, _PRIO):
-        if creds.euid not in (other.creds.uid, other.creds.euid) and not creds.capable(cap.SYS_NICE):
+        if creds.euid not in (other.creds.uid, other.creds.euid) and not userns.capable(
+            creds, other.creds.user_ns, cap.SYS_NICE
+        ):
             failed = errno.EPERM
         elif nice < other.nice and 20 - nice > other.rlimit(RLIMIT_NICE) and not creds.capable(cap.SYS_NICE):
             failed = errno.EACCES
@@ -234,7 +244,9 @@ def ioprio_set(task: Task, which: Int, who: Int, value: Int) -> int:
     elif kind not in (IOPRIO_CLASS_BE, IOPRIO_CLASS_IDLE):
         return -errno.EINVAL
     for other in _targets(task, which, who, _IOPRIO):
-        if task.creds.uid not in (other.creds.uid, other.creds.euid) and not task.creds.capable(cap.SYS_NICE):
+        if task.creds.uid not in (other.creds.uid, other.creds.euid) and not userns.capable(
+            task.creds, other.creds.user_ns, cap.SYS_NICE
+        ):
             return -errno.EPERM
         other.ioprio = value & 0xFFFF
     return 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs.vfs import O_NONBLOCK, File
-from kvmsentry.kernel import cap, sigframe, signals
+from kvmsentry.kernel import cap, sigframe, signals, userns
 from kvmsentry.kernel.pidfd import PidFile
 from kvmsentry.kernel.task import RLIMIT_NOFILE, Process, SigAction, SigInfo, Task
 from kvmsentry.kernel.traps import ERESTARTNOHAND, park
@@ -194,29 +194,41 @@ def may_signal(task: Task, process: Process, signo: int) -> bool:
     mine, theirs = task.creds, process.leader.creds
     if mine.euid in (theirs.suid, theirs.uid) or mine.uid in (theirs.suid, theirs.uid) or process is task.process:
         return True
-    return mine.capable(cap.KILL) or (signo == SIGCONT and process.session is task.process.session)
+    if signo == SIGCONT and process.session is task.process.session:
+        return True
+    return userns.capable(mine, theirs.user_ns, cap.KILL)
 
 
 def _user_info(task: Task, signo: int, code: int) -> SigInfo:
     return SigInfo(signo, code, pid=task.process.pid, uid=task.creds.uid)
 
 
+def _from_above(task: Task, process: Process, info: SigInfo) -> bool:
+    """Does the sender live outside the target's PID namespace? Then nothing it says of its pid is true there."""
+    space = process.pid_ns
+    if not space.level or space.pid_of(task.process):
+        return False
+    if "q0" in info.fields:
+        info.fields["q0"] &= ~0xFFFFFFFF  # si_pid
+    return True
+
+
 def _kill_process(task: Task, process: Process, info: SigInfo) -> None:
     if not may_signal(task, process, info.signo):
         raise Errno(errno.EPERM)
     if info.signo and not process.zombie:
-        signals.send_process(process, info)
+        signals.send_process(process, info, _from_above(task, process, info))
 
 
 @syscall(62)
 def kill(task: Task, pid: Pid, signo: Signal) -> int:
     if not 0 <= signo <= NSIG_VALID:
         return -errno.EINVAL
-    kernel = task.kernel
+    space = task.process.pid_ns
     if pid > 0:
-        process = kernel.processes.get(pid)
+        process = space.processes.get(pid)
         if process is None:
-            other = kernel.tasks.get(pid)  # any thread's id names its process
+            other = space.tasks.get(pid)  # any thread's id names its process
             if other is None:
                 return -errno.ESRCH
             process = other.process
@@ -225,10 +237,10 @@ def kill(task: Task, pid: Pid, signo: Signal) -> int:
     if pid == -(1 << 31):
         return -errno.ESRCH
     if pid == -1:
-        targets = [p for p in kernel.processes.values() if p is not kernel.init and p is not task.process]
+        targets = [p for p in space.processes.values() if p is not space.init and p is not task.process]
     else:
-        pgid = -pid if pid else task.process.group.pgid
-        targets = [p for p in kernel.processes.values() if p.group.pgid == pgid]
+        group = space.group(-pid) if pid else task.process.group
+        targets = [p for p in space.processes.values() if p.group is group]
     if not targets:
         return -errno.ESRCH
     failed, sent = 0, False
@@ -242,13 +254,14 @@ def kill(task: Task, pid: Pid, signo: Signal) -> int:
 
 
 def _kill_thread(task: Task, tgid: int, tid: int, info: SigInfo) -> int:
-    other = task.kernel.tasks.get(tid)
-    if other is None or (tgid > 0 and other.process.pid != tgid):
+    space = task.process.pid_ns
+    other = space.tasks.get(tid)
+    if other is None or (tgid > 0 and space.pid_of(other.process) != tgid):
         return -errno.ESRCH
     if not may_signal(task, other.process, info.signo):
         return -errno.EPERM
     if info.signo:
-        signals.send_task(other, info)
+        signals.send_task(other, info, _from_above(task, other.process, info))
     return 0
 
 
@@ -275,9 +288,9 @@ def _queued_info(task: Task, signo: int, address: int) -> SigInfo:
 @syscall(129)
 def rt_sigqueueinfo(task: Task, pid: Pid, signo: Signal, info: UserPtr) -> int:
     data = _queued_info(task, signo, info)
-    if (data.code >= 0 or data.code == SI_TKILL) and task.process.pid != pid:
+    if (data.code >= 0 or data.code == SI_TKILL) and task.process.vpid != pid:
         return -errno.EPERM  # only the kernel and kill(2) say such things
-    process = task.kernel.processes.get(pid)
+    process = task.process.pid_ns.processes.get(pid)
     if process is None:
         return -errno.ESRCH
     _kill_process(task, process, data)
@@ -289,7 +302,7 @@ def rt_tgsigqueueinfo(task: Task, tgid: Pid, tid: Pid, signo: Signal, info: User
     if tid <= 0 or tgid <= 0:
         return -errno.EINVAL
     data = _queued_info(task, signo, info)
-    if (data.code >= 0 or data.code == SI_TKILL) and task.tid != tid:
+    if (data.code >= 0 or data.code == SI_TKILL) and task.vtid != tid:
         return -errno.EPERM
     return _kill_thread(task, tgid, tid, data)
 
@@ -307,9 +320,10 @@ def restart_syscall(task: Task) -> Any:
 def pidfd_open(task: Task, pid: Pid, flags: UInt) -> int:
     if flags & ~O_NONBLOCK or pid <= 0:
         return -errno.EINVAL
-    process = task.kernel.processes.get(pid)
+    space = task.process.pid_ns
+    process = space.processes.get(pid)
     if process is None:
-        return -errno.EINVAL if pid in task.kernel.tasks else -errno.ESRCH
+        return -errno.EINVAL if pid in space.tasks else -errno.ESRCH
     file = PidFile(process, flags)
     try:
         return task.files.install(file, task.rlimit(RLIMIT_NOFILE), cloexec=True)
@@ -355,6 +369,8 @@ def pidfd_send_signal(task: Task, fd: Fd, signo: Signal, info: UserPtr, flags: U
         sent = _user_info(task, signo, SI_USER)
     if task.kernel.processes.get(process.pid) is not process:
         return -errno.ESRCH
+    if not task.process.pid_ns.pid_of(process):
+        return -errno.EINVAL  # access_pidfd_pidns: not in a namespace that the caller sees
     _kill_process(task, process, sent)
     return 0
 

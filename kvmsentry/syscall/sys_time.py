@@ -57,11 +57,11 @@ def read_clock(task: Task, clock: int) -> int:
         if which & 3 == 3:
             raise Errno(errno.EINVAL)
         if which & 4:
-            thread = task.kernel.tasks.get(target) if target else task
+            thread = task.process.pid_ns.tasks.get(target) if target else task
             if thread is None or thread.process is not task.process:
                 raise Errno(errno.EINVAL)
             return cputime.of_task(thread)
-        process = task.kernel.processes.get(target) if target else task.process
+        process = task.process.pid_ns.processes.get(target) if target else task.process
         if process is None:
             raise Errno(errno.EINVAL)
         return cputime.of_process(process)

@@ -6,7 +6,7 @@ import errno
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs import vfs
-from kvmsentry.fs.ops import IN_ATTRIB, changed, want_write
+from kvmsentry.fs.ops import IN_ATTRIB, changed, owner_or_capable, want_write
 from kvmsentry.fs.vfs import FOLLOW, MAY_READ, MAY_WRITE, PATH_MAX, Inode, permission, walk
 from kvmsentry.kernel import filecaps
 from kvmsentry.kernel.task import Task
@@ -58,8 +58,7 @@ def _allowed(task: Task, inode: Inode, name: bytes, mask: int) -> None:
         kind == 0o040000
         and inode.mode & 0o1000
         and writes
-        and creds.fsuid != inode.uid
-        and not creds.capable(CAP_FOWNER)
+        and not owner_or_capable(inode, creds)
     ):
         raise Errno(errno.EPERM)
     permission(inode, mask, creds)

@@ -154,7 +154,7 @@ def test_unshare_uts_and_files(world):
     assert world.call(child, UNSHARE, 0x4000000) == 0
     child.uts.nodename = "other"
     assert task.uts.nodename != "other"
-    assert world.call(child, UNSHARE, 0x40000000) == -errno.EINVAL
+    assert world.call(child, UNSHARE, 0x80) == -errno.EINVAL  # CLONE_NEWTIME
     child.creds = Credentials(1000)
     assert world.call(child, UNSHARE, 0x4000000) == -errno.EPERM
 

@@ -6,6 +6,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from kvmsentry.errors import Errno
+from kvmsentry.kernel import userns
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.task import Task
@@ -18,11 +19,14 @@ def may_look(reader: Task, target: Task) -> bool:
     if reader.process is target.process:
         return True
     mine, theirs = reader.creds, target.creds
-    if mine.capable(CAP_SYS_PTRACE):
+    if userns.capable(mine, theirs.user_ns, CAP_SYS_PTRACE):
         return True
     uid, gid = mine.fsuid, mine.fsgid
     same = uid == theirs.uid == theirs.euid == theirs.suid and gid == theirs.gid == theirs.egid == theirs.sgid
-    return same and target.process.dumpable == 1 and not theirs.permitted & ~mine.permitted
+    return (
+        same and target.process.dumpable == 1 and theirs.user_ns is mine.user_ns
+        and not theirs.permitted & ~mine.permitted
+    )  # fmt: skip
 
 
 def look(reader: Task, target: Task) -> None:

@@ -4,7 +4,6 @@ now."""
 from __future__ import annotations
 
 import errno
-import itertools
 import stat as st
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -26,10 +25,14 @@ from kvmsentry.fs.vfs import (
     SuperBlock,
     path_of,
 )  # fmt: skip
+from kvmsentry.kernel import namespaces
+from kvmsentry.kernel.task import RLIMIT_NOFILE
+from kvmsentry.kernel.userns import shown_uid
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.task import Task
 
+NS_GET_USERNS, NS_GET_PARENT, NS_GET_NSTYPE, NS_GET_OWNER_UID = 0xB701, 0xB702, 0xB703, 0xB704  # uapi/linux/nsfs.h
 Target = Callable[[], Any]  # the task that a directory is about; Errno(ESRCH) when it is no more
 
 
@@ -166,50 +169,87 @@ class NsSuper(SuperBlock):
 
 
 _nsfs = NsSuper()
-_numbers = itertools.count(0xF0000010)
-_SINGLE = {b"cgroup": 0xEFFFFFFB, b"ipc": 0xEFFFFFFF, b"net": 0xF0000000, b"pid": 0xEFFFFFFC, b"time": 0xEFFFFFFA,
-           b"user": 0xEFFFFFFD}  # fmt: skip  # PROC_*_INIT_INO, include/linux/proc_ns.h
 NAMES = (b"cgroup", b"ipc", b"mnt", b"net", b"pid", b"pid_for_children", b"time", b"time_for_children", b"user", b"uts")
-_places: dict[int, Path] = {}
 
 
 class NsInode(Inode):
-    """A namespace, as a file to be compared by (device, inode) and handed to setns(2)."""
+    """A namespace, as a file to be compared by (device, inode), mounted somewhere and handed to setns(2)."""
 
-    def __init__(self, kind: bytes, ino: int, namespace: Any) -> None:
-        super().__init__(_nsfs, st.S_IFREG | 0o444, ino=ino)
-        self.kind, self.namespace = kind, namespace
+    def __init__(self, namespace: Any) -> None:
+        super().__init__(_nsfs, st.S_IFREG | 0o444, ino=namespaces.inode_number(namespace))
+        self.namespace = namespace
 
     def open(self, task: Task, path: Path, flags: int) -> File:
         """A file that setns(2) takes."""
         return NsFile(self, path, flags)
 
+    def text(self) -> bytes:
+        """`uts:[4026531838]`."""
+        return b"%s:[%d]" % (self.namespace.kind, self.ino)
+
+
+def ns_path(namespace: Any) -> Path:
+    """A place for a namespace's inode. Made anew each time, so that nothing here keeps the namespace alive."""
+    dentry = Dentry(b"", None, NsInode(namespace))
+    return Path(Mount(_nsfs, dentry), dentry)
+
 
 class NsFile(File):
-    """An open namespace: `inode.kind` and `inode.namespace`."""
+    """An open namespace."""
+
+    def __init__(self, inode: Inode, path: Path | None, flags: int) -> None:
+        super().__init__(inode, path, flags)
+        if self.namespace.kind == b"mnt":
+            self.namespace.users += 1
+
+    def release(self) -> None:
+        """A mount namespace without tasks may go now."""
+        if self.namespace.kind == b"mnt":
+            self.namespace.put()
+
+    @property
+    def namespace(self) -> Any:
+        """The namespace itself."""
+        return self.inode.namespace  # type: ignore[attr-defined]
 
     def label(self) -> bytes:
         """As the link that led here."""
-        inode: Any = self.inode
-        return b"%s:[%d]" % (inode.kind, inode.ino)
+        text: bytes = self.inode.text()  # type: ignore[attr-defined]
+        return text
+
+    def ioctl(self, task: Task, request: int, argument: int) -> int:
+        """NS_GET_*, ioctl_ns(2)."""
+        namespace = self.namespace
+        if request == NS_GET_NSTYPE:
+            return namespaces.FLAGS[namespace.kind]
+        if request == NS_GET_OWNER_UID:
+            if namespace.kind != b"user":
+                raise Errno(errno.EINVAL)
+            task.mm.write_u32(argument, shown_uid(task.creds.user_ns, namespace.owner))
+            return 0
+        if request == NS_GET_USERNS:
+            related = namespace.user_ns if namespace.kind != b"user" else namespace.parent
+        elif request == NS_GET_PARENT:
+            if namespace.kind not in (b"user", b"pid"):
+                raise Errno(errno.EINVAL)
+            related = namespace.parent
+        else:
+            raise Errno(errno.ENOTTY)
+        if related is None or not _in_sight(task, related):
+            raise Errno(errno.EPERM)
+        file = NsInode(related).open(task, ns_path(related), 0)
+        try:
+            return task.files.install(file, task.rlimit(RLIMIT_NOFILE), cloexec=True)
+        except Errno:
+            file.put()
+            raise
 
 
-def _namespace(name: bytes, task: Task) -> tuple[int, Any]:
-    """(inode number, object) of a task's namespace."""
-    if name == b"uts":
-        namespace: Any = task.uts
-        if namespace is task.kernel.uts:
-            return 0xEFFFFFFE, namespace
-    elif name == b"mnt":
-        from kvmsentry.fs.mounts import namespace_of
-
-        namespace = namespace_of(task)
-    else:
-        return _SINGLE[name], None
-    number = getattr(namespace, "ns_ino", 0)
-    if not number:
-        number = namespace.ns_ino = next(_numbers)
-    return number, namespace
+def _in_sight(task: Task, namespace: Any) -> bool:
+    """Does `task` live in it or above (ns_get_owner, pidns_get_parent)?"""
+    if namespace.kind == b"user":
+        return bool(namespace.below(task.creds.user_ns))
+    return task.process.pid_ns.sees(namespace)
 
 
 class NsLink(Inode):
@@ -217,21 +257,14 @@ class NsLink(Inode):
 
     def __init__(self, sb: SuperBlock, target: Target, name: bytes) -> None:
         super().__init__(sb, st.S_IFLNK | 0o777)
-        self.target, self.kind = target, name.removesuffix(b"_for_children")
-
-    def _namespace(self, task: Task) -> tuple[int, Any]:
-        return _namespace(self.kind, _seen(task, self.target))
+        self.target, self.name = target, name
 
     def follow(self, task: Task) -> Path:
         """The namespace's inode."""
-        number, namespace = self._namespace(task)
-        place = _places.get(number)
-        if place is None or place.inode.namespace is not namespace:  # type: ignore[attr-defined]
-            dentry = Dentry(b"", None, NsInode(self.kind, number, namespace))
-            place = _places[number] = Path(Mount(_nsfs, dentry), dentry)
-        return place
+        return ns_path(namespaces.of_task(_seen(task, self.target), self.name))
 
     def readlink(self, task: Task | None = None) -> bytes:
         """`uts:[4026531838]`."""
         assert task is not None
-        return b"%s:[%d]" % (self.kind, self._namespace(task)[0])
+        namespace = namespaces.of_task(_seen(task, self.target), self.name)
+        return b"%s:[%d]" % (namespace.kind, namespaces.inode_number(namespace))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.fs.proc.nodes import TextInode, TreeInode
+from kvmsentry.kernel.namespaces import Simple
 
 if TYPE_CHECKING:
     from kvmsentry.fs.vfs import SuperBlock
@@ -89,6 +90,8 @@ def table(name: str) -> Any:
     """The text function of one table: the network stack's own, or the empty table."""
 
     def show(task: Task) -> str:
+        if not isinstance(task.ns.net, Simple):  # a loopback device; its sockets are in no table
+            return _dev(task) if name == "dev" else DEFAULTS[name]
         stack = getattr(task.kernel, "net", None)
         offered = getattr(stack, "proc", None)
         made = offered(name) if offered is not None else None

@@ -14,8 +14,10 @@ from kvmsentry.fs.proc.nodes import cpu_list, cpu_mask
 from kvmsentry.fs.proc.system import TICK
 from kvmsentry.kernel import cputime
 from kvmsentry.kernel.task import NSIG, RLIM_INFINITY, SigHand
+from kvmsentry.kernel.userns import shown_gid, shown_uid
 
 if TYPE_CHECKING:
+    from kvmsentry.kernel.pidns import PidNamespace
     from kvmsentry.kernel.task import Task
 
 CAP_SYS_RESOURCE = 24
@@ -61,8 +63,8 @@ def _name(task: Task) -> str:
     return task.comm.decode("utf-8", "surrogateescape").replace("\\", "\\\\").replace("\n", "\\n")
 
 
-def stat(reader: Task, target: Task, thread: bool = False) -> str:
-    """/proc/PID/stat, or with `thread` /proc/PID/task/TID/stat."""
+def stat(reader: Task, target: Task, ns: PidNamespace, thread: bool = False) -> str:
+    """/proc/PID/stat, or with `thread` /proc/PID/task/TID/stat, with the numbers of `ns`."""
     process, mm = target.process, target.mm
     tty = process.session.tty
     foreground = tty.foreground if tty is not None else None
@@ -72,8 +74,8 @@ def stat(reader: Task, target: Task, thread: bool = False) -> str:
     policy, priority = target.policy
     shown_priority = 20 + target.nice if policy in (0, 3, 5) else -1 - priority
     fields: list[Any] = [
-        process.parent.pid if process.parent is not None else 0, process.group.pgid, process.session.sid,
-        tty.rdev if tty is not None else 0, foreground.pgid if foreground is not None else -1,
+        ns.pid_of(process.parent), ns.pgid_of(process.group), ns.sid_of(process.session),
+        tty.rdev if tty is not None else 0, ns.pgid_of(foreground) if foreground is not None else -1,
         0x400000 if mm is not None else 0x40400000,  # PF_RANDOMIZE
         0, 0, 0, 0, used // TICK, 0, process.children_user // TICK, process.children_system // TICK,
         shown_priority, target.nice, len(process.threads), 0,
@@ -97,15 +99,22 @@ def stat(reader: Task, target: Task, thread: bool = False) -> str:
         fields += [0] * 7
     fields.append(process.exit_code if may_look(reader, target) else 0)
     comm = target.comm.decode("utf-8", "surrogateescape").replace("\n", "\\n")
-    return f"{target.tid} ({comm}) {state(target)} {' '.join(map(str, fields))}\n"
+    return f"{ns.tid_of(target)} ({comm}) {state(target)} {' '.join(map(str, fields))}\n"
 
 
-def status(reader: Task, target: Task) -> str:
-    """/proc/PID/status."""
+def _below(ns: PidNamespace, target: Task, numbers: dict[PidNamespace, int], first: int) -> str:
+    """The numbers in `ns` and in those below it that the target is in, outermost first; 0 where it has none."""
+    shown = [] if ns.level else [first]
+    shown += [numbers.get(space, 0) for space in target.numbers if space.level >= ns.level]
+    return "\t".join(map(str, shown))
+
+
+def status(reader: Task, target: Task, ns: PidNamespace) -> str:
+    """/proc/PID/status with the numbers of `ns`."""
     process, creds, mm = target.process, target.creds, target.mm
     letter = state(target)
     ignored, caught = _signals(target.sighand) if target.sighand is not None else (0, 0)
-    files = target.files
+    files, seer = target.files, reader.creds.user_ns
     size = 64
     if files is not None:
         top = max(files.files, default=0)
@@ -115,14 +124,16 @@ def status(reader: Task, target: Task) -> str:
     if target.fs is not None:
         lines.append(f"Umask:\t{target.fs.umask:04o}")
     lines += [
-        f"State:\t{letter} ({_STATES[letter]})", f"Tgid:\t{process.pid}", "Ngid:\t0", f"Pid:\t{target.tid}",
-        f"PPid:\t{process.parent.pid if process.parent is not None else 0}", "TracerPid:\t0",
-        f"Uid:\t{creds.uid}\t{creds.euid}\t{creds.suid}\t{creds.fsuid}",
-        f"Gid:\t{creds.gid}\t{creds.egid}\t{creds.sgid}\t{creds.fsgid}",
+        f"State:\t{letter} ({_STATES[letter]})", f"Tgid:\t{ns.pid_of(process)}", "Ngid:\t0",
+        f"Pid:\t{ns.tid_of(target)}", f"PPid:\t{ns.pid_of(process.parent)}", "TracerPid:\t0",
+        "Uid:\t" + "\t".join(str(shown_uid(seer, i)) for i in (creds.uid, creds.euid, creds.suid, creds.fsuid)),
+        "Gid:\t" + "\t".join(str(shown_gid(seer, i)) for i in (creds.gid, creds.egid, creds.sgid, creds.fsgid)),
         f"FDSize:\t{size if files is not None else 0}",
-        f"Groups:\t{''.join(f'{g} ' for g in sorted(creds.groups)) or ' '}",
-        f"NStgid:\t{process.pid}", f"NSpid:\t{target.tid}", f"NSpgid:\t{process.group.pgid}",
-        f"NSsid:\t{process.session.sid}",
+        f"Groups:\t{''.join(f'{shown_gid(seer, g)} ' for g in sorted(creds.groups)) or ' '}",
+        f"NStgid:\t{_below(ns, target, process.numbers, process.pid)}",
+        f"NSpid:\t{_below(ns, target, target.numbers, target.tid)}",
+        f"NSpgid:\t{_below(ns, target, process.group.numbers, process.group.pgid)}",
+        f"NSsid:\t{_below(ns, target, process.session.numbers, process.session.sid)}",
         "Kthread:\t0",
     ]  # fmt: skip
     if mm is not None:
@@ -268,7 +279,8 @@ def sched(reader: Task, target: Task) -> str:
     used = cputime.of_task(target) / 1e6
     policy, priority = target.policy
     return (
-        f"{_name(target)} ({target.tid}, #threads: {len(target.process.threads)})\n" + "-" * 67 + "\n"
+        f"{_name(target)} ({reader.process.pid_ns.tid_of(target)}, #threads: {len(target.process.threads)})\n"
+        + "-" * 67 + "\n"
         f"{'se.sum_exec_runtime':<45}:{used:>21.6f}\n{'nr_switches':<45}:{0:>21}\n{'policy':<45}:{policy:>21}\n"
         f"{'prio':<45}:{120 + target.nice if policy == 0 else 99 - priority:>21}\n"
     )
@@ -286,7 +298,7 @@ def timers(reader: Task, target: Task) -> str:
         signo = getattr(timer, "signo", 0)
         parts.append(
             f"ID: {number}\nsignal: {signo}/0000000000000000\nnotify: {'signal' if signo else 'none'}/pid."
-            f"{target.process.pid}\nClockID: {getattr(timer, 'clock_id', 0)}\n"
+            f"{reader.process.pid_ns.pid_of(target.process)}\nClockID: {getattr(timer, 'clock_id', 0)}\n"
         )
     return "".join(parts)
 
@@ -305,9 +317,11 @@ def set_timerslack(writer: Task, target: Task, data: bytes) -> None:
     target.timerslack = _number(data) or 50_000
 
 
-def children(reader: Task, target: Task) -> str:
-    """/proc/PID/task/TID/children."""
-    return "".join(f"{pid} " for pid in sorted(target.process.children)) if target.is_leader else ""
+def children(reader: Task, target: Task, ns: PidNamespace) -> str:
+    """/proc/PID/task/TID/children with the numbers of `ns`."""
+    if not target.is_leader:
+        return ""
+    return "".join(f"{pid} " for pid in sorted(map(ns.pid_of, target.process.children.values())))
 
 
 def loginuid(reader: Task, target: Task) -> str:

@@ -16,6 +16,7 @@ from kvmsentry.errors import Errno
 from kvmsentry.fs.proc.nodes import TextInode, TreeInode
 from kvmsentry.kernel import identity
 from kvmsentry.kernel.task import CAP_LAST
+from kvmsentry.kernel.userns import capable
 
 if TYPE_CHECKING:
     from kvmsentry.fs.vfs import SuperBlock
@@ -28,6 +29,7 @@ BOOL = (0, 1)
 TEXT = "text"
 HOST_NAME_MAX = 64  # uapi/linux/limits.h
 CAP_SYS_ADMIN = 21
+MAX_NAMESPACES = 63432  # half of what threads-max is with 16 GiB, as Linux starts with (kernel/fork.c)
 _NUMBERS = re.compile(rb"\s*(-?\d+(?:\s+-?\d+)*)\s*\0?\s*")
 
 # path, value ({} in a value is filled in per sandbox), who may write: None, a (lowest, highest) pair, or TEXT
@@ -217,7 +219,14 @@ ROWS: tuple[tuple[str, Any, Any], ...] = (
     ("net/ipv6/conf/default/forwarding", 0, BOOL),
     ("net/ipv6/conf/lo/disable_ipv6", 0, BOOL),
     ("net/unix/max_dgram_qlen", 512, UNSIGNED),
-    ("user/max_user_namespaces", 0, UNSIGNED),
+    ("user/max_cgroup_namespaces", MAX_NAMESPACES, UNSIGNED),
+    ("user/max_ipc_namespaces", MAX_NAMESPACES, UNSIGNED),
+    ("user/max_mnt_namespaces", MAX_NAMESPACES, UNSIGNED),
+    ("user/max_net_namespaces", MAX_NAMESPACES, UNSIGNED),
+    ("user/max_pid_namespaces", MAX_NAMESPACES, UNSIGNED),
+    ("user/max_time_namespaces", MAX_NAMESPACES, UNSIGNED),
+    ("user/max_user_namespaces", MAX_NAMESPACES, UNSIGNED),
+    ("user/max_uts_namespaces", MAX_NAMESPACES, UNSIGNED),
     ("user/max_inotify_instances", 128, UNSIGNED),
     ("user/max_inotify_watches", 65536, UNSIGNED),
 )
@@ -273,7 +282,7 @@ def _uts(field: str) -> tuple[Any, Any]:
         return f"{getattr(task.uts, field)}\n"
 
     def store(task: Any, data: bytes) -> None:
-        if not task.creds.capable(CAP_SYS_ADMIN):
+        if not capable(task.creds, task.uts.user_ns, CAP_SYS_ADMIN):
             raise Errno(errno.EPERM)
         name = data.split(b"\n")[0].split(b"\0")[0][:HOST_NAME_MAX]
         setattr(task.uts, field, name.decode("utf-8", "surrogateescape"))
