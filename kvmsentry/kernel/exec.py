@@ -355,7 +355,7 @@ def new_credentials(task: Task, place: Path, inode: Inode) -> tuple[Credentials,
     setid = euid != old.euid or egid != old.egid
     if setid or permitted & ~old.permitted:
         shared = task.fs.users > len(process.threads)
-        if process.no_new_privs or (shared and not old.capable(cap.SETUID)):
+        if process.no_new_privs or (shared and not old.capable(cap.SETUID)) or ptrace.unsafe(task):
             if process.no_new_privs or not old.capable(cap.SETUID):
                 euid, egid = old.uid, old.gid
             permitted &= old.permitted
@@ -403,6 +403,11 @@ async def _alone_then_switch(task: Task, new: _New) -> Any:
 
 def _become_leader(task: Task, process: Process) -> None:
     kernel = task.kernel
+    old = process.leader
+    if old.ptrace is not None:  # it ends unseen: this thread is it from now on
+        tracer = old.ptrace.tracer
+        ptrace.unlink(old)
+        tracer.process.child_events.wake()
     kernel.tasks.pop(task.tid, None)
     process.threads.pop(task.tid, None)
     task.tid = process.pid
