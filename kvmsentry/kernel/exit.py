@@ -389,10 +389,16 @@ def find(task: Task, match: Callable[[Process], bool] | None, options: int) -> F
 async def wait_for(task: Task, match: Callable[[Process], bool] | None, options: int) -> Found:
     """`find` that sleeps until there is something."""
     while True:
-        await park(task, "wait", task.process.child_events)
+        interrupted: Errno | None = None
+        try:
+            await park(task, "wait", task.process.child_events)
+        except Errno as error:  # a signal, and often the child's own: what there is to report goes first (do_wait)
+            interrupted = error
         found = find(task, match, options)
         if found is not None:
             return found
+        if interrupted is not None:
+            raise interrupted
 
 
 __all__ = ["do_exit", "exit_group", "find", "reap", "wait_for"]

@@ -203,7 +203,7 @@ async def _stop(task: Task, code: int, why: int, info: SigInfo | None, message: 
         except Errno:
             break  # killed
     trace.code, trace.report, trace.listening = None, 0, False
-    task.touched = task.work = True
+    task.touched = True
     return trace.data
 
 
@@ -372,7 +372,15 @@ def arguments(task: Task) -> tuple[int, ...]:
 
 
 async def traced_call(task: Task, nr: int) -> Any:
-    """A system call of a tracee: entry stop, the call, exit stop (syscall_trace_enter, syscall_exit_work)."""
+    """A system call of a tracee: entry stop, the call, exit stop."""
+    result = await _traced_call(task, nr)
+    if task.touched and result is not GONE:
+        task.work = True  # not sooner: to the call itself this says that a signal is there
+    return result
+
+
+async def _traced_call(task: Task, nr: int) -> Any:
+    """syscall_trace_enter and syscall_exit_work in kernel/entry/common.c."""
     kernel, regs, trace = task.kernel, task.ctx.regs, task.ptrace
     _unstep(task, trace)
     regs[RAX] = -errno.ENOSYS & ALL

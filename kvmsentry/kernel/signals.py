@@ -85,16 +85,15 @@ def recompute(task: Task) -> None:
     """Bring `task.work` up to date; call after any change of masks, pending signals, stops or exits of `task`."""
     process = task.process
     task.work = bool((task.pending.mask | process.pending.mask) & ~task.blocked or process.stopped or process.exiting)
-    if task.ptrace is not None or task.touched:
+    if task.ptrace is not None:
         _recompute_traced(task)
 
 
 def _recompute_traced(task: Task) -> None:
     trace, process = task.ptrace, task.process
     task.work = bool(
-        (task.pending.mask | process.pending.mask) & ~task.blocked or process.exiting or task.touched
-        or (process.stopped and (trace is None or not trace.released))
-        or (trace is not None and (trace.trap_stop or trace.trap_notify))
+        (task.pending.mask | process.pending.mask) & ~task.blocked or process.exiting or trace.trap_stop
+        or trace.trap_notify or (process.stopped and not trace.released)
     )  # fmt: skip
 
 

@@ -28,15 +28,17 @@ _RLIMITS = (
     ("Max pending signals", "signals"), ("Max msgqueue size", "bytes"), ("Max nice priority", ""),
     ("Max realtime priority", ""), ("Max realtime timeout", "us"),
 )  # fmt: skip
-_STATES = {"R": "running", "S": "sleeping", "D": "disk sleep", "T": "stopped", "Z": "zombie", "X": "dead"}
+_STATES = {"R": "running", "S": "sleeping", "D": "disk sleep", "T": "stopped", "t": "tracing stop", "Z": "zombie", "X": "dead"}
 
 
 def state(task: Task) -> str:
-    """One letter: R S D T Z X."""
+    """One letter: R S D T t Z X."""
     process = task.process
     if task.dead or (process.zombie and task is process.leader):
         return "Z"
-    if process.stopped:
+    if task.ptrace is not None and task.ptrace.code is not None:
+        return "t"
+    if process.stopped and (task.ptrace is None or not task.ptrace.released):
         return "T"
     sleep = task.sleep
     if task.in_guest or sleep is None or sleep.woken:
@@ -116,7 +118,8 @@ def status(reader: Task, target: Task) -> str:
         lines.append(f"Umask:\t{target.fs.umask:04o}")
     lines += [
         f"State:\t{letter} ({_STATES[letter]})", f"Tgid:\t{process.pid}", "Ngid:\t0", f"Pid:\t{target.tid}",
-        f"PPid:\t{process.parent.pid if process.parent is not None else 0}", "TracerPid:\t0",
+        f"PPid:\t{process.parent.pid if process.parent is not None else 0}",
+        f"TracerPid:\t{target.ptrace.tracer.tid if target.ptrace is not None else 0}",
         f"Uid:\t{creds.uid}\t{creds.euid}\t{creds.suid}\t{creds.fsuid}",
         f"Gid:\t{creds.gid}\t{creds.egid}\t{creds.sgid}\t{creds.fsgid}",
         f"FDSize:\t{size if files is not None else 0}",
