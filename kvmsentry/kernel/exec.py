@@ -26,7 +26,7 @@ from kvmsentry.fs.vfs import (
     permission,
     walk,
 )
-from kvmsentry.kernel import cap, exit, filecaps, signals
+from kvmsentry.kernel import cap, exit, filecaps, ptrace, signals
 from kvmsentry.kernel.task import (
     RLIMIT_AS,
     RLIMIT_DATA,
@@ -52,6 +52,7 @@ MAX_STRINGS_BYTES = 6 << 20  # _STK_LIM / 4 * 3: no argument list is longer, wha
 S_ISUID, S_ISGID, S_IXGRP = 0o4000, 0o2000, 0o010
 _FATAL = frozenset((errno.ENOMEM, errno.EINVAL, errno.EPERM, errno.EFAULT))
 PER_CLEAR_ON_SETID = 0x00400000 | 0x00040000 | 0x00200000 | 0x00100000  # uapi/linux/personality.h
+ADDR_NO_RANDOMIZE = 0x0040000  # uapi/linux/personality.h
 
 
 class FileReader:
@@ -307,7 +308,8 @@ def _load(task: Task, opened: Opened, execfn: bytes, argv: Sequence[bytes], envp
             aux.sysinfo_ehdr = kernel.vdso.map(mm)
         backing = opened.file.backing()
         loading = True
-        image = elf.load(mm, opened.reader, backing, argv, envp, execfn, open_interpreter, aux, program=program)
+        image = elf.load(mm, opened.reader, backing, argv, envp, execfn, open_interpreter, aux,
+                         randomize=not task.process.personality & ADDR_NO_RANDOMIZE, program=program)  # fmt: skip
     except Errno as error:
         mm.destroy()
         if loading and error.errno in _FATAL:

@@ -74,7 +74,7 @@ _USER_REGS = (
     FS_BASE, GS_BASE, _ZERO, _ZERO, _ZERO, _ZERO,
 )  # fmt: skip
 REGS = Struct("<27Q")
-USER_SIZE, DEBUG_REGISTERS = 912, 848  # struct user, u_debugreg in it (arch/x86/include/asm/user_64.h)
+USER_SIZE, DEBUG_REGISTERS = 928, 848  # struct user, u_debugreg in it (arch/x86/include/asm/user_64.h)
 FLAGS = 0x54DD5  # FLAG_MASK in arch/x86/kernel/ptrace.c
 PEEK_ARGS = Struct("<QIi")  # struct ptrace_peeksiginfo_args
 IOVEC = Struct("<QQ")
@@ -135,7 +135,7 @@ def _poke_user(task: Task, address: int, value: int) -> None:
     if address < REGS.size:
         _set_register(task, _USER_REGS[address >> 3], value)
         return
-    if address >= DEBUG_REGISTERS and not value:
+    if DEBUG_REGISTERS <= address < DEBUG_REGISTERS + 64 and not value:
         return  # off is what they are
     raise Errno(errno.EIO)
 
