@@ -196,8 +196,8 @@ class Seccomp:
         return 1 if self.strict else 2
 
     def check(self, task: Task, nr: int, args: tuple[int, ...], traced: bool = False) -> Any:
-        """None: the call may go on. Else what the kernel loop finishes instead: an errno, the task's end, or a coroutine
-        that asks the tracer. `traced`: it was asked already."""
+        """None: the call may go on. Else what the kernel loop finishes instead: an errno, the task's end, or a
+        coroutine that asks the tracer. `traced`: it was asked already."""
         if self.strict:
             return None if nr in STRICT_CALLS else _kill(task, SIGKILL, whole=False)
         data = DATA.pack(nr & 0xFFFFFFFF, AUDIT_ARCH_X86_64, task.ctx.regs[RIP], *args)

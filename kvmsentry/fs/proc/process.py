@@ -28,7 +28,9 @@ _RLIMITS = (
     ("Max pending signals", "signals"), ("Max msgqueue size", "bytes"), ("Max nice priority", ""),
     ("Max realtime priority", ""), ("Max realtime timeout", "us"),
 )  # fmt: skip
-_STATES = {"R": "running", "S": "sleeping", "D": "disk sleep", "T": "stopped", "t": "tracing stop", "Z": "zombie", "X": "dead"}
+_STATES = {
+    "R": "running", "S": "sleeping", "D": "disk sleep", "T": "stopped", "t": "tracing stop", "Z": "zombie", "X": "dead",
+}  # fmt: skip
 
 
 def state(task: Task) -> str:
