@@ -24,6 +24,7 @@ from kvmsentry.syscall.abi_signal import (
     CLD_CONTINUED,
     CLD_STOPPED,
     CLD_TRAPPED,
+    EFLAGS_RF,
     EFLAGS_TF,
     KILL,
     SA_NOCLDSTOP,
@@ -36,10 +37,12 @@ from kvmsentry.syscall.abi_signal import (
     SIGSTOP,
     SIGTRAP,
     TRAP_BRKPT,
+    TRAP_HWBKPT,
+    TRAP_TRACE,
     bit,
 )
 from kvmsentry.syscall.table import GONE, RELOAD
-from kvmsentry.vcpu.layout import R8, R9, R10, RAX, RDI, RDX, RFLAGS, RIP, RSI
+from kvmsentry.vcpu.layout import R8, R9, R10, RAX, RDI, RDX, RFLAGS, RIP, RSI, USER_TOP
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.exit import Found
@@ -53,6 +56,8 @@ SYSCALL_TRAP = SIGTRAP | 0x80
 NR_EXECVE, NR_EXECVEAT = 59, 322
 CLONE_PTRACE, CLONE_VFORK, CLONE_UNTRACED = 0x2000, 0x4000, 0x800000  # uapi/linux/sched.h
 WCONTINUED, WEXITED, WNOWAIT, WNOTHREAD = 8, 4, 0x01000000, 0x20000000  # uapi/linux/wait.h
+DR6_FIXED, DR6_HITS, DR6_STEP = 0xFFFF0FF0, 0xF, 0x4000  # SDM vol. 3, 17.2.3
+DR7_RESERVED = 0xFFFFFFFF0000FC00  # DR_CONTROL_RESERVED
 _SYSCALL = b"\x0f\x05"
 _PREFIXES = frozenset([0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF2, 0xF3, *range(0x40, 0x50)])
 
@@ -60,7 +65,7 @@ _PREFIXES = frozenset([0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF2, 0xF
 class Tracee:
     """What is true of a task while it is traced (the ptrace and jobctl words of struct task_struct)."""
 
-    __slots__ = ("code", "creds", "data", "emulate", "exit_status", "forced", "info", "listening", "message", "options",
+    __slots__ = ("code", "creds", "data", "debug", "emulate", "exit_status", "forced", "info", "listening", "message", "options",
                  "queue", "released", "report", "seized", "step", "syscalls", "tracer", "trap_notify",
                  "trap_stop")  # fmt: skip
 
@@ -78,6 +83,7 @@ class Tracee:
         self.trap_stop = self.trap_notify = False  # a PTRACE_EVENT_STOP is due
         self.released = False  # its tracer let it run on although the process is stopped
         self.exit_status: int | None = None  # a thread that is no leader has ended with it
+        self.debug: list[int] | None = None  # DR0 to DR7 as the tracer wants and sees them
         self.queue = WaitQueue()  # it sleeps here while stopped
 
     def enabled(self, event: int) -> bool:
@@ -331,6 +337,45 @@ def left_user(task: Task) -> None:
         task.ctx.regs[RFLAGS] &= ~EFLAGS_TF
 
 
+def debug_code(task: Task) -> int:
+    """si_code of a #DB: the end of a step, or a breakpoint of the processor's; DR6 for the tracer (exc_debug_user)."""
+    trace = task.ptrace
+    if trace is None or trace.debug is None:
+        return TRAP_TRACE
+    status = task.ctx.debug_status() & (DR6_HITS | DR6_STEP)
+    trace.debug[6] = status ^ DR6_FIXED
+    hits = status & DR6_HITS
+    if any(hits >> n & 1 and not trace.debug[7] >> 16 + 4 * n & 3 for n in range(4)):
+        task.ctx.regs[RFLAGS] |= EFLAGS_RF  # the instruction itself comes now
+    return TRAP_HWBKPT if hits and not status & DR6_STEP else TRAP_TRACE
+
+
+def set_debug(task: Task, number: int, value: int) -> None:
+    """POKEUSER of u_debugreg (ptrace_set_debugreg). EIO, EINVAL; ENOSPC where the host gives no debug registers."""
+    trace = task.ptrace
+    registers = list(trace.debug or (0, 0, 0, 0, 0, 0, DR6_FIXED, 0))
+    if number in (4, 5):
+        raise Errno(errno.EIO)
+    if number == 6:
+        registers[6] = value & 0xFFFFFFFF
+    elif number == 7:
+        registers[7] = value & ~DR7_RESERVED
+    elif value >= USER_TOP:
+        raise Errno(errno.EINVAL)
+    else:
+        registers[number] = value
+    for n in range(4):
+        kind = registers[7] >> 16 + 4 * n
+        if registers[7] >> 2 * n & 3:
+            size = (1, 2, 8, 4)[kind >> 2 & 3]
+            if kind & 3 == 2 or (kind & 3 == 0 and size != 1) or registers[n] & size - 1:
+                raise Errno(errno.EINVAL)
+    if number != 6 and (registers[7] & 0xFF or (trace.debug is not None and trace.debug[7] & 0xFF)):
+        if not task.ctx.set_debug(registers):
+            raise Errno(errno.ENOSPC)
+    trace.debug = registers
+
+
 def _at_syscall(task: Task) -> bool:
     """Is the next instruction a system call? It may have prefixes, which do nothing."""
     rip = task.ctx.regs[RIP]
@@ -411,6 +456,9 @@ async def _traced_call(task: Task, nr: int) -> Any:
         return result
     if result is RELOAD and nr in (NR_EXECVE, NR_EXECVEAT):
         task.orig_rax = nr
+        if trace.debug is not None:
+            task.ctx.set_debug([0] * 8)
+            trace.debug = None
         await _exec_event(task, trace, old_tid)
     if trace.step and not trace.emulate:
         signals.force(task, SigInfo(SIGTRAP, TRAP_BRKPT, addr=regs[RIP]))

@@ -373,6 +373,8 @@ def exception(task: Task, vector: int, error_code: int) -> None:
     rip = task.ctx.regs[RIP]
     task.trap = vector, error_code, task.trap[2]
     signo, code, at_instruction = _VECTORS.get(vector, (SIGSEGV, SI_KERNEL, False))
+    if vector == 1:
+        code = ptrace.debug_code(task)
     if vector in (16, 19):
         code = _fp_code(task.ctx.xsave(), vector)
     if vector == 17:

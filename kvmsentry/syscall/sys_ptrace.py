@@ -126,6 +126,13 @@ def _peek_user(task: Task, address: int) -> int:
         raise Errno(errno.EIO)
     if address < REGS.size:
         return _get_register(task, _USER_REGS[address >> 3])
+    if DEBUG_REGISTERS <= address < DEBUG_REGISTERS + 64:
+        registers = task.ptrace.debug
+        number = address - DEBUG_REGISTERS >> 3
+        if registers is not None:
+            value: int = registers[number]
+            return value
+        return ptrace.DR6_FIXED if number == 6 else 0
     return 0
 
 
@@ -135,9 +142,9 @@ def _poke_user(task: Task, address: int, value: int) -> None:
     if address < REGS.size:
         _set_register(task, _USER_REGS[address >> 3], value)
         return
-    if DEBUG_REGISTERS <= address < DEBUG_REGISTERS + 64 and not value:
-        return  # off is what they are
-    raise Errno(errno.EIO)
+    if not DEBUG_REGISTERS <= address < DEBUG_REGISTERS + 64:
+        raise Errno(errno.EIO)
+    ptrace.set_debug(task, address - DEBUG_REGISTERS >> 3, value)
 
 
 def _xstate(task: Task) -> bytearray:
@@ -433,8 +440,8 @@ def _others(task: Task, tracee: Task, request: int, address: int, data: int) -> 
 
 @syscall(
     101,
-    partial="no hardware breakpoints (POKEUSER of u_debugreg is EIO), no PTRACE_SINGLEBLOCK, "
-    "PTRACE_O_SUSPEND_SECCOMP is EINVAL",
+    partial="no PTRACE_SINGLEBLOCK, PTRACE_O_SUSPEND_SECCOMP is EINVAL; debug registers are to be had on the "
+    "ptrace platform only (else ENOSPC) and do not see what the kernel stores",
 )
 def sys_ptrace(task: Task, request: Long, pid: Pid, address: ULong, data: UserPtr) -> Any:
     if request == TRACEME:
