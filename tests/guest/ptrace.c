@@ -755,6 +755,108 @@ static void test_seccomp(void)
 	CHECK(waitpid(pid, &status, 0) == pid && WTERMSIG(status) == SIGSYS);
 }
 
+/* -- the processor's own breakpoints -- */
+static volatile long watched;
+
+static void watched_body(void)
+{
+	watched = 1;
+	steps();
+	_exit(watched);
+}
+
+static unsigned long debug_register(pid_t pid, int n)
+{
+	unsigned long value = 0;
+
+	CHECK(!pt(PTRACE_PEEKUSR, pid, offsetof(struct user, u_debugreg) + 8 * n, (long)&value));
+	return value;
+}
+
+static long set_debug_register(pid_t pid, int n, unsigned long value)
+{
+	return pt(PTRACE_POKEUSR, pid, offsetof(struct user, u_debugreg) + 8 * n, value);
+}
+
+static void test_debug_registers(void)
+{
+	pid_t pid = child(watched_body);
+	siginfo_t si;
+
+	CHECK(set_debug_register(pid, 0, 1UL << 63) == -1 && errno == EINVAL);
+	CHECK(!set_debug_register(pid, 0, (unsigned long)&watched));
+	CHECK(set_debug_register(pid, 7, 2UL << 16 | 1) == -1 && errno == EINVAL);	/* input and output */
+	if (set_debug_register(pid, 7, 1UL << 16 | 3UL << 18 | 1)) {
+		CHECK(errno == ENOSPC);		/* there are none here; nothing else may be said */
+		CHECK(debug_register(pid, 7) == 0);
+		CHECK(!pt(PTRACE_KILL, pid, 0, 0));
+		CHECK(ended_with(pid, SIGKILL));
+		return;
+	}
+	CHECK(debug_register(pid, 7) == (1UL << 16 | 3UL << 18 | 1));
+	CHECK(!pt(PTRACE_CONT, pid, 0, 0));
+	CHECK(stopped_with(pid, SIGTRAP));
+	CHECK(!pt(PTRACE_GETSIGINFO, pid, 0, (long)&si) && si.si_code == 4);	/* TRAP_HWBKPT */
+	CHECK((debug_register(pid, 6) & 0xf) == 1);
+	CHECK(!set_debug_register(pid, 7, 0));
+	CHECK(!set_debug_register(pid, 1, (unsigned long)step_after));
+	CHECK(!set_debug_register(pid, 7, 4));
+	CHECK(!pt(PTRACE_CONT, pid, 0, 0));
+	CHECK(stopped_with(pid, SIGTRAP));	/* the int3 */
+	CHECK(!pt(PTRACE_CONT, pid, 0, 0));
+	CHECK(stopped_with(pid, SIGTRAP));
+	CHECK(regs_of(pid).rip == (unsigned long)step_after);
+	CHECK(!pt(PTRACE_GETSIGINFO, pid, 0, (long)&si) && si.si_code == 4);
+	CHECK(!pt(PTRACE_CONT, pid, 0, 0));	/* the instruction runs now */
+	CHECK(ended_with(pid, 0x100));
+}
+
+/* -- who may look: no more than ptrace_may_access says -- */
+static void test_permission(void)
+{
+	pid_t pid = plain_child(sleep_body), other;
+	char word[8], path[64];
+	struct iovec here = { word, 8 }, there = { (void *)&failed, 4 };
+
+	if (geteuid()) {
+		kill(pid, SIGKILL);
+		CHECK(ended_with(pid, SIGKILL));
+		return;
+	}
+	snprintf(path, sizeof(path), "/proc/%d/mem", pid);
+	other = fork();
+	if (!other) {
+		int bad = 0;
+
+		if (setresgid(1234, 1234, 1234) || setresuid(1234, 1234, 1234))
+			_exit(99);
+		bad |= pt(PTRACE_ATTACH, pid, 0, 0) == -1 && errno == EPERM ? 0 : 1;
+		bad |= pt(PTRACE_SEIZE, pid, 0, 0) == -1 && errno == EPERM ? 0 : 2;
+		bad |= process_vm_readv(pid, &here, 1, &there, 1, 0) == -1 && errno == EPERM ? 0 : 4;
+		bad |= open(path, O_RDONLY) == -1 && errno == EACCES ? 0 : 8;
+		_exit(bad);
+	}
+	CHECK(ended_with(other, 0));
+	/* Its own kind, but not dumpable. */
+	other = fork();
+	if (!other) {
+		pid_t mine;
+		int bad = 0;
+
+		if (setresgid(1234, 1234, 1234) || setresuid(1234, 1234, 1234))
+			_exit(99);
+		prctl(PR_SET_DUMPABLE, 0);
+		mine = plain_child(sleep_body);
+		bad |= pt(PTRACE_ATTACH, mine, 0, 0) == -1 && errno == EPERM ? 0 : 1;
+		bad |= process_vm_readv(mine, &here, 1, &there, 1, 0) == -1 && errno == EPERM ? 0 : 2;
+		kill(mine, SIGKILL);
+		_exit(bad);
+	}
+	CHECK(ended_with(other, 0));
+	kill(pid, SIGKILL);
+	CHECK(ended_with(pid, SIGKILL));
+}
+
 /* -- an interrupted call goes on after a stop, and does not after an inferior call -- */
 static void read_body(void)
 {
@@ -811,6 +913,8 @@ int main(int argc, char **argv)
 	RUN(test_tracer_dies(PTRACE_O_EXITKILL, SIGKILL));
 	RUN(test_not_the_parent());
 	RUN(test_seccomp());
+	RUN(test_debug_registers());
+	RUN(test_permission());
 	RUN(test_restarts());
 	printf(failed ? "failed\n" : "as Linux\n");
 	return failed;
