@@ -304,6 +304,8 @@ def _load(task: Task, opened: Opened, execfn: bytes, argv: Sequence[bytes], envp
             uid=creds.uid, euid=creds.euid, gid=creds.gid, egid=creds.egid, secure=secure,
             minsigstksz=(FRAME_SIZE + kernel.platform.xsave_size + 4 + 64 + 15) & ~15,
         )  # fmt: skip
+        if task.process.personality & ADDR_NO_RANDOMIZE:
+            mm.set_layout(False)  # for the vDSO too
         if kernel.vdso is not None:
             aux.sysinfo_ehdr = kernel.vdso.map(mm)
         backing = opened.file.backing()

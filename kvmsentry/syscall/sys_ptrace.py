@@ -66,6 +66,7 @@ O_SUSPEND_SECCOMP = 1 << 21
 NT_PRSTATUS, NT_PRFPREG, NT_X86_XSTATE = 1, 2, 0x202  # uapi/linux/elf.h
 AUDIT_ARCH_X86_64 = 0xC000003E
 PEEKSIGINFO_SHARED = 1
+ARCH_SET_GS, ARCH_SET_FS, ARCH_GET_FS, ARCH_GET_GS = range(0x1001, 0x1005)  # arch/x86/include/uapi/asm/prctl.h
 
 # struct user_regs_struct: index into Context.regs, or one of the names below.
 _ORIG_RAX, _CS, _SS, _ZERO = -1, -2, -3, -4
@@ -206,6 +207,20 @@ def _regset(task: Task, tracee: Task, kind: int, vector: int, write: bool) -> in
             data = data[:SW_OFFSET] + bytes(FXSAVE_SIZE - SW_OFFSET)
         mm.write(base, data[:length])
     mm.write_u64(vector + 8, length)
+    return 0
+
+
+def _arch_prctl(task: Task, tracee: Task, address: int, code: int) -> int:
+    """PTRACE_ARCH_PRCTL: arch_prctl(2) of a tracee's bases. EINVAL, EPERM outside user space."""
+    place = {ARCH_SET_FS: FS_BASE, ARCH_GET_FS: FS_BASE, ARCH_SET_GS: GS_BASE, ARCH_GET_GS: GS_BASE}.get(code)
+    if place is None:
+        raise Errno(errno.EINVAL)
+    if code in (ARCH_GET_FS, ARCH_GET_GS):
+        task.mm.write_u64(address, tracee.ctx.regs[place])
+        return 0
+    if address >= USER_TOP:
+        raise Errno(errno.EPERM)
+    tracee.ctx.regs[place] = address
     return 0
 
 
@@ -413,6 +428,8 @@ def _registers(task: Task, tracee: Task, request: int, address: int, data: int) 
         mm.write(data, bytes(_xstate(tracee)[:SW_OFFSET]) + bytes(FXSAVE_SIZE - SW_OFFSET))
     elif request == SETFPREGS:
         _set_fpregs(tracee, mm.read(data, FXSAVE_SIZE))
+    elif request == ARCH_PRCTL:
+        return _arch_prctl(task, tracee, address, data)
     elif request in (GETREGSET, SETREGSET):
         return _regset(task, tracee, address & 0xFFFFFFFF, data, request == SETREGSET)
     else:

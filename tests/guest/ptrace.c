@@ -25,6 +25,10 @@
 
 static int failed;
 
+#ifndef PTRACE_ARCH_PRCTL
+#define PTRACE_ARCH_PRCTL 30	/* arch/x86/include/uapi/asm/ptrace-abi.h */
+#endif
+
 #define CHECK(what)                                                                                        \
 	do {                                                                                               \
 		if (!(what)) {                                                                             \
@@ -312,6 +316,8 @@ static void test_memory(void)
 	iov = (struct iovec){ &again, sizeof(again) };
 	CHECK(!pt(PTRACE_GETREGSET, pid, NT_PRSTATUS, (long)&iov) && iov.iov_len == sizeof(again));
 	CHECK(!memcmp(&again, &r, sizeof(r)) || again.eflags != r.eflags);
+	CHECK(!pt(PTRACE_ARCH_PRCTL, pid, (long)&word, 0x1003) && word == r.fs_base);	/* ARCH_GET_FS */
+	CHECK(pt(PTRACE_ARCH_PRCTL, pid, (long)&word, 0x1) == -1 && errno == EINVAL);
 	iov = (struct iovec){ &again, 16 };
 	CHECK(!pt(PTRACE_GETREGSET, pid, NT_PRSTATUS, (long)&iov) && iov.iov_len == 16);
 	iov = (struct iovec){ &again, 15 };
