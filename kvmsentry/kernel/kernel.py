@@ -181,7 +181,7 @@ class Kernel:
             else:
                 if self.strace is not None:
                     self.strace(task, row, args, None)
-                result = table.calls[nr](task, args)
+                result = (table.calls[nr] or row.call)(task, args)
         except Errno as error:
             result = self.refused(task, error)
         if self.strace is not None and row is not None:

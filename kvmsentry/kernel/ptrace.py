@@ -230,16 +230,17 @@ async def event(task: Task, number: int, message: int) -> None:
 
 
 async def exit_event(task: Task, status: int) -> None:
-    """PTRACE_EVENT_EXIT: also of those whom a signal kills."""
+    """PTRACE_EVENT_EXIT: also of those whom a signal kills, but not once the sandbox ends: nobody waits then."""
     task.pending.mask &= ~KILL
-    await event(task, EVENT_EXIT, status)
+    if task.kernel.exit_status is None:
+        await event(task, EVENT_EXIT, status)
 
 
 async def end(task: Task, status: int) -> Any:
     """exit(2) and the end of exit_group(2) of a tracee."""
     from kvmsentry.kernel import exit as exit_
 
-    await exit_event(task, status)
+    await exit_event(task, task.process.exit_code if task.process.exiting else status)
     exit_.do_exit(task, status)
     return GONE
 
