@@ -65,8 +65,8 @@ _PREFIXES = frozenset([0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF2, 0xF
 class Tracee:
     """What is true of a task while it is traced (the ptrace and jobctl words of struct task_struct)."""
 
-    __slots__ = ("code", "creds", "data", "debug", "emulate", "exit_status", "forced", "info", "listening", "message", "options",
-                 "queue", "released", "report", "seized", "step", "syscalls", "tracer", "trap_notify",
+    __slots__ = ("code", "creds", "data", "debug", "emulate", "exit_status", "forced", "info", "listening", "message",
+                 "options", "queue", "released", "report", "seized", "step", "syscalls", "tracer", "trap_notify",
                  "trap_stop")  # fmt: skip
 
     def __init__(self, tracer: Task, seized: bool, options: int) -> None:
@@ -563,9 +563,7 @@ def _tell_end(task: Task, trace: Tracee, signo: int, status: int) -> None:
     tracer = trace.tracer
     code, value = exit_.describe(status)
     if signo and not (signo == SIGCHLD and tracer.sighand.actions[SIGCHLD].handler == SIG_IGN):
-        signals.send_process(
-            tracer.process, SigInfo(signo, code, pid=task.tid, uid=task.creds.uid, status=value)
-        )
+        signals.send_process(tracer.process, SigInfo(signo, code, pid=task.tid, uid=task.creds.uid, status=value))
     tracer.process.child_events.wake()
 
 
