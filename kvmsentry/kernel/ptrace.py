@@ -126,8 +126,9 @@ def unlink(task: Task) -> None:
             task.kernel.interrupt(task)
 
 
-def attach(tracer: Task, task: Task, seized: bool, options: int) -> None:
-    """PTRACE_ATTACH and PTRACE_SEIZE; the caller has checked permission. EPERM."""
+def attach(tracer: Task, task: Task, seized: bool, options: int) -> Any:
+    """PTRACE_ATTACH and PTRACE_SEIZE; the caller has checked permission. EPERM. Returns 0, or a coroutine that waits
+    until one that was stopped already is in a stop of ours (JOBCTL_TRAPPING)."""
     if task.process is tracer.process or task.dead or task.ptrace is not None:
         raise Errno(errno.EPERM)
     trace = link(task, tracer, seized, options)
@@ -136,6 +137,14 @@ def attach(tracer: Task, task: Task, seized: bool, options: int) -> None:
     if task.process.stopped and task.stop_parked:
         trace.trap_stop = True
         task.process.cont_events.wake()  # from the group stop into a stop of ours
+        return _trapped(tracer, task, trace)
+    return 0
+
+
+async def _trapped(tracer: Task, task: Task, trace: Tracee) -> int:
+    while trace.code is None and task.ptrace is trace and not task.dead:
+        await park(tracer, "ptrace_attach", tracer.process.child_events, restart=0)
+    return 0
 
 
 def traceme(task: Task) -> None:

@@ -332,8 +332,7 @@ def _attach(task: Task, pid: int, request: int, address: int, data: int) -> Any:
             raise Errno(errno.EIO if data & ~OPTIONS else error.errno) from None
     if tracee.process is task.process or not may_trace(task, tracee):
         raise Errno(errno.EPERM)
-    ptrace.attach(task, tracee, request == SEIZE, options)
-    return 0
+    return ptrace.attach(task, tracee, request == SEIZE, options)
 
 
 def _attached(task: Task, pid: int, stopped: bool) -> Task:
