@@ -26,7 +26,7 @@ from kvmsentry.fs.vfs import (
     permission,
     walk,
 )
-from kvmsentry.kernel import cap, exit, filecaps, pidns, signals, userns
+from kvmsentry.kernel import cap, exit, filecaps, pidns, ptrace, signals, userns
 from kvmsentry.kernel.task import (
     RLIMIT_AS,
     RLIMIT_DATA,
@@ -52,6 +52,7 @@ MAX_STRINGS_BYTES = 6 << 20  # _STK_LIM / 4 * 3: no argument list is longer, wha
 S_ISUID, S_ISGID, S_IXGRP = 0o4000, 0o2000, 0o010
 _FATAL = frozenset((errno.ENOMEM, errno.EINVAL, errno.EPERM, errno.EFAULT))
 PER_CLEAR_ON_SETID = 0x00400000 | 0x00040000 | 0x00200000 | 0x00100000  # uapi/linux/personality.h
+ADDR_NO_RANDOMIZE = 0x0040000  # uapi/linux/personality.h
 
 
 class FileReader:
@@ -305,11 +306,14 @@ def _load(task: Task, opened: Opened, execfn: bytes, argv: Sequence[bytes], envp
             secure=secure,
             minsigstksz=(FRAME_SIZE + kernel.platform.xsave_size + 4 + 64 + 15) & ~15,
         )  # fmt: skip
+        if task.process.personality & ADDR_NO_RANDOMIZE:
+            mm.set_layout(False)  # for the vDSO too
         if kernel.vdso is not None:
             aux.sysinfo_ehdr = kernel.vdso.map(mm)
         backing = opened.file.backing()
         loading = True
-        image = elf.load(mm, opened.reader, backing, argv, envp, execfn, open_interpreter, aux, program=program)
+        image = elf.load(mm, opened.reader, backing, argv, envp, execfn, open_interpreter, aux,
+                         randomize=not task.process.personality & ADDR_NO_RANDOMIZE, program=program)  # fmt: skip
     except Errno as error:
         mm.destroy()
         if loading and error.errno in _FATAL:
@@ -361,7 +365,7 @@ def new_credentials(task: Task, place: Path, inode: Inode) -> tuple[Credentials,
     setid = euid != old.euid or egid != old.egid
     if setid or permitted & ~old.permitted:
         shared = task.fs.users > len(process.threads)
-        if process.no_new_privs or (shared and not old.holds(cap.SETUID)):
+        if process.no_new_privs or (shared and not old.holds(cap.SETUID)) or ptrace.unsafe(task):
             if process.no_new_privs or not old.holds(cap.SETUID):
                 euid, egid = old.uid, old.gid
             permitted &= old.permitted
@@ -409,6 +413,11 @@ async def _alone_then_switch(task: Task, new: _New) -> Any:
 
 def _become_leader(task: Task, process: Process) -> None:
     kernel = task.kernel
+    old = process.leader
+    if old.ptrace is not None:  # it ends unseen: this thread is it from now on
+        tracer = old.ptrace.tracer
+        ptrace.unlink(old)
+        tracer.process.child_events.wake()
     kernel.tasks.pop(task.tid, None)
     process.threads.pop(task.tid, None)
     task.tid = process.pid

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.kernel import cputime, pidns, signals, sysvipc, userns
+from kvmsentry.kernel import cputime, pidns, ptrace, signals, sysvipc, userns
 from kvmsentry.kernel.task import Process, SigInfo, Task
 from kvmsentry.kernel.traps import park
 from kvmsentry.syscall.abi_signal import (
@@ -71,12 +71,16 @@ def do_exit(task: Task, status: int) -> None:
     drop_mm(task)
     task.fs.put()
     task.sighand.users -= 1
+    if task.tracees:
+        ptrace.tracer_exits(task)
     del process.threads[task.tid]
     kernel.tasks.pop(task.tid, None)
     if task.numbers:
         pidns.leave_task(task)
     signals.flush(task.pending, (1 << 64) - 1)
     _orphan_by_thread(task)
+    if task.ptrace is not None and task is not process.leader:
+        ptrace.thread_exited(task, status)
     if process.threads:
         signals.retarget(task)
         signals.thread_left(process)
@@ -231,10 +235,12 @@ def _become_zombie(process: Process) -> None:
     if parent is not None and parent.group is not process.group and parent.session is process.session:
         _hang_up_if_orphaned(process.group, process)
     process.exit_events.wake(POLLIN | POLLRDNORM | POLLHUP)
-    if parent is None:
+    if process.leader.ptrace is not None:
+        ptrace.leader_exited(process)
+    elif parent is None:
         reap(process)
     else:
-        _tell_parent(process, parent)
+        tell_parent(process, parent)
 
 
 def _kill_everybody(kernel: Any, process: Process) -> None:
@@ -276,14 +282,15 @@ def _reparent_children(process: Process) -> None:
     for child in children.values():
         child.parent = heir
         if heir is None:
-            if child.zombie:
+            if child.zombie and child.leader.ptrace is None:
                 reap(child)
             continue
         heir.children[child.pid] = child
         child.creator = heir.leader
         child.exit_signal = SIGCHLD
         if child.zombie:
-            _tell_parent(child, heir)
+            if child.leader.ptrace is None:
+                tell_parent(child, heir)
         elif child.group is not process.group and child.session is process.session:
             _hang_up_if_orphaned(child.group, None)
 
@@ -297,7 +304,7 @@ def _hang_up_if_orphaned(group: Any, leaving: Process | None) -> None:
         signals.send_group(group, SigInfo(SIGCONT, SI_KERNEL, pid=0, uid=0))
 
 
-def _tell_parent(process: Process, parent: Process) -> None:
+def tell_parent(process: Process, parent: Process) -> None:
     """A zombie's parent gets its signal, or the zombie is reaped at once (do_notify_parent)."""
     signo = process.exit_signal
     action = parent.leader.sighand.actions[SIGCHLD]
@@ -395,6 +402,9 @@ def find(task: Task, match: Callable[[Process], bool] | None, options: int) -> F
         if (match is not None and not match(child)) or not _eligible(task, child, options):
             continue
         any_child = True
+        trace = child.leader.ptrace
+        if trace is not None and (child.zombie or trace.tracer.process is task.process):
+            continue  # the tracer's wait comes first, and ours if it is we
         if child.zombie:
             if options & WEXITED:
                 code, value = describe(child.exit_code)
@@ -415,18 +425,25 @@ def find(task: Task, match: Callable[[Process], bool] | None, options: int) -> F
             if not options & WNOWAIT:
                 child.stop_report = -1  # told, still stopped
             return Found(child, CLD_STOPPED, report >> 8, report)
-    if not any_child:
+    traced, any_tracee = ptrace.find(task, match, options)
+    if not any_child and not any_tracee:
         raise Errno(errno.ECHILD)
-    return None
+    return traced
 
 
 async def wait_for(task: Task, match: Callable[[Process], bool] | None, options: int) -> Found:
     """`find` that sleeps until there is something."""
     while True:
-        await park(task, "wait", task.process.child_events)
+        interrupted: Errno | None = None
+        try:
+            await park(task, "wait", task.process.child_events)
+        except Errno as error:  # a signal, and often the child's own: what there is to report goes first (do_wait)
+            interrupted = error
         found = find(task, match, options)
         if found is not None:
             return found
+        if interrupted is not None:
+            raise interrupted
 
 
 __all__ = ["do_exit", "exit_group", "find", "reap", "wait_for"]

@@ -13,7 +13,7 @@ from typing import Any
 from kvmsentry.errors import Errno
 from kvmsentry.fs.fdtable import FdTable
 from kvmsentry.fs.vfs import FsContext, Path
-from kvmsentry.kernel import cap, namespaces, pidns, signals
+from kvmsentry.kernel import cap, namespaces, pidns, ptrace, signals
 from kvmsentry.kernel.task import (
     NO_NUMBERS,
     RLIM_INFINITY,
@@ -211,6 +211,10 @@ def clone(
         _store(task.mm, parent_tid, seen)
     if fd >= 0:
         task.files.files[fd].attach(child_process)  # type: ignore[attr-defined]
+    if task.ptrace is not None:
+        if flags & CLONE_VFORK:
+            child.vfork_done = WaitQueue()
+        return ptrace.forked(task, child, flags, exit_signal, child.vfork_done)
     if not flags & CLONE_VFORK:
         child.in_guest = True
         ctx.reload()

@@ -21,7 +21,7 @@ from typing import Any
 
 from kvmsentry import log
 from kvmsentry.errors import BrokenInvariant, Errno, OutOfMemory
-from kvmsentry.kernel import namespaces, pidns, traps
+from kvmsentry.kernel import namespaces, pidns, ptrace, traps
 from kvmsentry.kernel.task import Process, Session, SigInfo, Task, UtsNamespace
 from kvmsentry.kernel.traps import Sleep, Timers
 from kvmsentry.syscall import table
@@ -131,7 +131,7 @@ class Kernel:
                 self.trap(task, ctx)
                 continue
             task.in_guest = False
-            if self.strace is not None or task.seccomp is not None:
+            if self.strace is not None or task.slow:
                 self.slow_syscall(task, ctx)
                 continue
             nr = task.orig_rax = ctx.nr
@@ -164,13 +164,19 @@ class Kernel:
         self.say(3, f"Out of memory: Killed process {task.process.pid} ({name})")
 
     def slow_syscall(self, task: Task, ctx: Any) -> None:
-        """A call with strace or a seccomp filter in the way."""
-        task.orig_rax = ctx.nr
-        nr = ctx.nr & 0xFFFFFFFF
-        args = ctx.args
+        """A call with strace, a seccomp filter or a tracer in the way."""
+        nr = task.orig_rax = ctx.nr
+        if task.ptrace is not None:
+            self.finish(task, ptrace.traced_call(task, nr))
+        else:
+            self.finish(task, self.slow_call(task, nr, ctx.args))
+
+    def slow_call(self, task: Task, nr: int, args: tuple[int, ...], traced: bool = False) -> Any:
+        """Filters, strace and the call itself; what its handler returned. `traced`: a filter has asked the tracer."""
+        nr &= 0xFFFFFFFF
         row = table.rows[nr] if nr < 512 else None
         try:
-            verdict = task.seccomp.check(task, nr, args) if task.seccomp is not None else None
+            verdict = task.seccomp.check(task, nr, args, traced) if task.seccomp is not None else None
             if verdict is not None:
                 result: Any = verdict
             elif row is None:
@@ -178,7 +184,7 @@ class Kernel:
             else:
                 if self.strace is not None:
                     self.strace(task, row, args, None)
-                result = table.calls[nr](task, args)
+                result = (table.calls[nr] or row.call)(task, args)
         except Errno as error:
             result = self.refused(task, error)
         if self.strace is not None and row is not None:
@@ -186,7 +192,7 @@ class Kernel:
                 self.strace(task, row, args, result)
             elif not isinstance(result, (int, table._Sentinel)):
                 result = self._traced(task, row, args, result)
-        self.finish(task, result)
+        return result
 
     async def _traced(self, task: Task, row: Any, args: tuple[int, ...], coro: Coroutine[Any, Any, Any]) -> Any:
         try:

@@ -203,7 +203,11 @@ def adapt(process: Process, info: SigInfo) -> tuple[SigInfo, bool]:
     fields = info.fields
     if "pid" not in fields:
         return info, False  # what the application said word for word (sys_signal.py), or nothing about a sender
-    number = process.pid_ns.pid_of(process.kernel.processes.get(fields["pid"])) if fields["pid"] else 0
+    number, ns, kernel = fields["pid"], process.pid_ns, process.kernel
+    if number and number in kernel.processes:
+        number = ns.pid_of(kernel.processes[number])
+    elif number:  # a traced thread tells of itself
+        number = ns.tid_of(kernel.tasks[number]) if number in kernel.tasks else 0
     uid = userns.shown_uid(process.leader.creds.user_ns, fields.get("uid", 0))
     changed = type(info)(info.signo, info.code, info.errno, **{**fields, "pid": number, "uid": uid})
     changed.timer = info.timer

@@ -12,8 +12,9 @@ import struct
 from typing import Any
 
 from kvmsentry.errors import Errno
+from kvmsentry.kernel import ptrace
 from kvmsentry.kernel.task import SigInfo, Task
-from kvmsentry.vcpu.layout import RIP
+from kvmsentry.vcpu.layout import RAX, RIP
 
 # uapi/linux/seccomp.h
 RET_KILL_PROCESS, RET_KILL_THREAD, RET_TRAP, RET_ERRNO = 0x80000000, 0, 0x00030000, 0x00050000
@@ -194,8 +195,9 @@ class Seccomp:
         """1 strict, 2 filter (prctl(2) PR_GET_SECCOMP, /proc/PID/status)."""
         return 1 if self.strict else 2
 
-    def check(self, task: Task, nr: int, args: tuple[int, ...]) -> Any:
-        """None: the call may go on. Else what the kernel loop finishes instead: an errno, or the task's end."""
+    def check(self, task: Task, nr: int, args: tuple[int, ...], traced: bool = False) -> Any:
+        """None: the call may go on. Else what the kernel loop finishes instead: an errno, the task's end, or a
+        coroutine that asks the tracer. `traced`: it was asked already."""
         if self.strict:
             return None if nr in STRICT_CALLS else _kill(task, SIGKILL, whole=False)
         data = DATA.pack(nr & 0xFFFFFFFF, AUDIT_ARCH_X86_64, task.ctx.regs[RIP], *args)
@@ -211,6 +213,8 @@ class Seccomp:
             return None
         if action == RET_ERRNO:
             return -min(answer & RET_DATA, 4095)
+        if action == RET_TRACE and task.ptrace is not None and task.ptrace.enabled(ptrace.EVENT_SECCOMP):
+            return None if traced else ptrace.seccomp_event(task, answer & RET_DATA)
         if action in (RET_TRACE, RET_USER_NOTIF):
             return -errno.ENOSYS  # nobody traces, nobody listens
         if action == RET_TRAP:
@@ -225,6 +229,7 @@ def _trap(task: Task, nr: int, data: int) -> Any:
 
     address = task.ctx.regs[RIP]
     info = SigInfo(SIGSYS, SYS_SECCOMP, errno=data, addr=address, syscall=nr, arch=AUDIT_ARCH_X86_64)
+    task.ctx.regs[RAX] = nr
     task.orig_rax = -1
     signals.force(task, info)
     return RELOAD
@@ -237,6 +242,8 @@ def _kill(task: Task, signo: int, whole: bool) -> Any:
 
     if whole or len(task.process.threads) == 1:
         exit_.exit_group(task.process, signo | (0x80 if signo == SIGSYS else 0))
+    if task.ptrace is not None:
+        return ptrace.end(task, signo)
     exit_.do_exit(task, signo)
     return GONE
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from kvmsentry import log
 from kvmsentry.errors import Errno
+from kvmsentry.kernel import ptrace
 from kvmsentry.kernel.pidns import adapt
 from kvmsentry.kernel.task import (
     RLIMIT_CORE,
@@ -86,6 +87,16 @@ def recompute(task: Task) -> None:
     """Bring `task.work` up to date; call after any change of masks, pending signals, stops or exits of `task`."""
     process = task.process
     task.work = bool((task.pending.mask | process.pending.mask) & ~task.blocked or process.stopped or process.exiting)
+    if task.ptrace is not None:
+        _recompute_traced(task)
+
+
+def _recompute_traced(task: Task) -> None:
+    trace, process = task.ptrace, task.process
+    task.work = bool(
+        (task.pending.mask | process.pending.mask) & ~task.blocked or process.exiting or trace.trap_stop
+        or trace.trap_notify or (process.stopped and not trace.released)
+    )  # fmt: skip
 
 
 def recompute_all(process: Process) -> None:
@@ -153,7 +164,7 @@ def kill_task(task: Task) -> None:
 def is_ignored(process: Process, task: Task, signo: int) -> bool:
     """Would `signo` be thrown away (sig_ignored in kernel/signal.c)? Blocked ones never are: the disposition may
     change."""
-    if task.blocked >> (signo - 1) & 1:
+    if task.blocked >> (signo - 1) & 1 or (task.ptrace is not None and signo != SIGKILL):
         return False
     handler = task.sighand.actions[signo].handler
     if handler == SIG_DFL:
@@ -196,6 +207,9 @@ def _prepare(process: Process, task: Task, signo: int, force: bool) -> bool:
             flush_process(process, CONT)
     elif signo == SIGCONT:
         flush_process(process, STOPS)
+        for thread in process.threads.values():
+            if thread.ptrace is not None and thread.ptrace.seized:
+                ptrace.trap_due(thread, True)
         if process.stopped:
             process.stopped = 0
             process.stop_report = CONTINUED
@@ -281,6 +295,10 @@ def _kill_group(process: Process) -> None:
     """SIGKILL came: nothing of the process runs any more."""
     from kvmsentry.kernel import exit as exit_
 
+    if process.exiting:  # a thread may be stopped on its way out
+        for task in list(process.threads.values()):
+            if task.ptrace is not None and task.ptrace.code is not None:
+                kill_task(task)
     exit_.exit_group(process, SIGKILL)
 
 
@@ -322,7 +340,7 @@ def force(task: Task, info: SigInfo) -> None:
     if blocked or actions[signo].handler == SIG_IGN:
         actions[signo] = SigAction()
         task.blocked &= ~(1 << (signo - 1))
-    if actions[signo].handler == SIG_DFL:
+    if actions[signo].handler == SIG_DFL and task.ptrace is None:
         task.process.unkillable = False
     flush(task.pending, 1 << (signo - 1))  # ours goes first and tells why
     task.pending.mask |= 1 << (signo - 1)
@@ -358,9 +376,13 @@ _FP_CODES = ((0x01, FPE_FLTINV), (0x04, FPE_FLTDIV), (0x08, FPE_FLTOVF), (0x12, 
 
 def exception(task: Task, vector: int, error_code: int) -> None:
     """The processor raised `vector` in application code."""
+    if vector == 1 and task.forced_flags:
+        return  # the end of a step that nobody waits for any more
     rip = task.ctx.regs[RIP]
     task.trap = vector, error_code, task.trap[2]
     signo, code, at_instruction = _VECTORS.get(vector, (SIGSEGV, SI_KERNEL, False))
+    if vector == 1:
+        code = ptrace.debug_code(task)
     if vector in (16, 19):
         code = _fp_code(task.ctx.xsave(), vector)
     if vector == 17:
@@ -423,14 +445,16 @@ def begin_stop(process: Process, signo: int) -> None:
     process.stop_report = 0
     for task in process.threads.values():
         task.stop_parked = False
+        if task.ptrace is not None:
+            ptrace.stop_begins(task)
         _wake(task)
 
 
 async def _stop(task: Task) -> None:
     process = task.process
     task.stop_parked = True
-    _stop_complete(process)
-    while process.stopped and not process.exiting and not task.pending.mask & KILL:
+    stop_complete(process)
+    while process.stopped and not process.exiting and not task.pending.mask & KILL and task.ptrace is None:
         try:
             await park(task, "stopped", process.cont_events, restart=0)
         except Errno:
@@ -438,18 +462,20 @@ async def _stop(task: Task) -> None:
     task.stop_parked = False
 
 
-def _stop_complete(process: Process) -> None:
+def stop_complete(process: Process) -> None:
     """Tell the parent once all threads have stopped."""
     signo = process.stopped
     if signo and not process.stop_report and all(task.stop_parked for task in process.threads.values()):
         process.stop_report = signo << 8 | 0x7F
-        notify_parent(process, CLD_STOPPED, signo)
+        trace = process.leader.ptrace
+        if trace is None or trace.tracer.process is not process.parent:  # else the leader's own stop tells
+            notify_parent(process, CLD_STOPPED, signo)
 
 
 def thread_left(process: Process) -> None:
     """A thread of a process that may be stopping has died."""
     if process.stopped and process.threads:
-        _stop_complete(process)
+        stop_complete(process)
 
 
 # -- on the way to application code --
@@ -460,15 +486,34 @@ async def exit_to_user(task: Task, result: int | None) -> Any:
     from kvmsentry.kernel import sigframe
 
     process = task.process
-    reload = result is None
+    reload = result is None or task.touched
+    shown = False  # `result` is in RAX, where a tracer sees it
+    if task.ptrace is not None or task.forced_flags:
+        ptrace.left_user(task)
     while True:
+        if shown:
+            result = ptrace.result_of(task)
+        elif reload or task.ptrace is not None:
+            if result is not None:
+                task.ctx.regs[RAX] = result & ALL
+            shown = reload = True
         if process.exiting or task.pending.mask & KILL:
             if not process.exiting and process.exec_task is None:  # forced on this thread: memory is out
                 exit_.exit_group(process, SIGKILL)
+            if task.ptrace is not None:
+                await ptrace.exit_event(task, process.exit_code)
             exit_.do_exit(task, process.exit_code)
             return GONE
-        if process.stopped:
-            await _stop(task)
+        trace = task.ptrace
+        if trace is None:
+            if process.stopped:
+                await _stop(task)
+                continue
+        elif process.stopped and not trace.released:
+            await ptrace.group_stop(task)
+            continue
+        elif trace.trap_stop or trace.trap_notify:
+            await ptrace.trap(task)
             continue
         info = dequeue(task, ~task.blocked) if (task.pending.mask | process.pending.mask) & ~task.blocked else None
         if info is None:
@@ -478,10 +523,19 @@ async def exit_to_user(task: Task, result: int | None) -> Any:
             if task.saved_blocked is not None:
                 restore_mask(task)
                 continue
+            reload = reload or task.touched
+            task.touched = False
             recompute(task)
             if task.work:
                 continue
+            if task.ptrace is not None:
+                ptrace.enter_user(task)
             return RELOAD if reload else result
+        if trace is not None:
+            info = await ptrace.signal(task, info)
+            if info is None:
+                continue
+            result = ptrace.result_of(task)
         signo = info.signo
         action = task.sighand.actions[signo]
         handler = action.handler
@@ -518,6 +572,8 @@ async def exit_to_user(task: Task, result: int | None) -> Any:
         task.blocked |= mask | (0 if flags & SA_NODEFER else 1 << (signo - 1))
         task.blocked &= ~UNBLOCKABLE
         retarget(task)
+        if task.ptrace is not None and task.ptrace.step:
+            await ptrace.notify(task, SIGTRAP)
 
 
 def _restart(task: Task, result: int) -> None:

@@ -239,13 +239,32 @@ class Task:
         self.affinity = kernel.all_cpus
         self.nice = 0
         self.policy = (0, 0)  # scheduling policy and priority, sched(7)
-        self.seccomp: Any = None
+        self._seccomp: Any = None
+        self.slow = False  # its system calls take kernel.slow_syscall: a filter or a tracer looks at them
+        self.ptrace: Any = None  # kernel/ptrace.py: what it is as a tracee
+        self.tracees: dict[Task, None] | None = None  # those it traces
+        self.touched = False  # its registers may have been written while it was stopped: all must be loaded
+        self.forced_flags = False  # a step was armed by a tracer that is gone
         self.stop_parked = False  # sleeps in a group stop
         self.trap = (0, 0, 0)  # trapno, err and cr2 of the last fault: shown in struct sigcontext
         self.ioprio = 0
         self.session_keyring: Any = None  # kernel/keys.py
         self.thread_keyring: Any = None
         process.threads[tid] = self
+
+    @property
+    def seccomp(self) -> Any:
+        """What stands before its system calls, kernel/seccomp.py."""
+        return self._seccomp
+
+    @seccomp.setter
+    def seccomp(self, state: Any) -> None:
+        self._seccomp = state
+        self.set_slow()
+
+    def set_slow(self) -> None:
+        """Bring `slow` up to date."""
+        self.slow = self._seccomp is not None or self.ptrace is not None
 
     def signal_pending(self) -> bool:
         """Would an interruptible sleep end at once?"""

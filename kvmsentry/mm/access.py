@@ -437,7 +437,7 @@ class UserAccess(Pages):
             raise Errno(errno.EFAULT)
         if write:
             if vma.flags & VM_SHARED:
-                if not vma.max_prot & 2:
+                if not vma.prot & 2:  # no copy of its own could be made
                     raise Errno(errno.EFAULT)
             else:
                 self._own(vma, page)

@@ -68,6 +68,8 @@ void pt_kick(struct pt_tracer *m, struct pt_ctx *c);
 void pt_xinit(struct pt_tracer *m, struct pt_ctx *c);
 void pt_set_xsave(struct pt_tracer *m, struct pt_ctx *c, const void *data, uint32_t length);
 int pt_xsave(struct pt_tracer *m, struct pt_ctx *c, void *to, uint32_t length);
+int pt_set_debug(struct pt_ctx *c, const uint64_t *dr);
+int64_t pt_debug_status(struct pt_ctx *c);
 void pt_wake(struct pt_tracer *m);
 uint64_t pt_host_event(struct pt_tracer *m, int i);
 int pt_memory_barrier(void);

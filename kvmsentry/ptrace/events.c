@@ -561,3 +561,35 @@ int pt_xsave(struct pt_tracer *m, struct pt_ctx *c, void *to, uint32_t length)
 	memset((uint8_t *)to + 464, 0, 48);	/* software's part of the legacy area */
 	return 0;
 }
+
+/* Debug registers. */
+
+static int set_debug(struct pt_ctx *c, int number, u64 value)
+{
+	return ptrace(PTRACE_POKEUSER, c->thread->tid, offsetof(struct user, u_debugreg) + 8 * number, value) < 0 ? -errno : 0;
+}
+
+int pt_set_debug(struct pt_ctx *c, const uint64_t *dr)
+{
+	int rc;
+
+	if (!c->thread || c->thread->dead)
+		return -ESRCH;
+	rc = set_debug(c, 7, 0);	/* off, so that no address is refused for the kind that another had */
+	for (int i = 0; i < 4 && !rc && dr[7] & 0xff; i++)
+		rc = set_debug(c, i, dr[i]);
+	return rc ? rc : set_debug(c, 7, dr[7]);
+}
+
+int64_t pt_debug_status(struct pt_ctx *c)
+{
+	long status;
+
+	if (!c->thread || c->thread->dead)
+		return -ESRCH;
+	errno = 0;
+	status = ptrace(PTRACE_PEEKUSER, c->thread->tid, offsetof(struct user, u_debugreg) + 8 * 6, 0);
+	if (errno)
+		return -errno;
+	return set_debug(c, 6, 0xffff0ff0) ? -errno : status & 0xffffffff;
+}

@@ -50,12 +50,13 @@ class Stub:
 class Context(ContextState):
     """One guest thread's processor, a thread of a stub process."""
 
-    __slots__ = ("_m", "_retried", "_tracer")
+    __slots__ = ("_debugged", "_m", "_retried", "_tracer")
 
     def __init__(self, tracer: Tracer, c: Any) -> None:
         super().__init__(c, lib.pt_id(c), ffi.buffer(lib.pt_regs(c), REGS_SIZE), ffi.buffer(lib.pt_call(c), CALL_SIZE))
         self._tracer, self._m = tracer, tracer._m
         self._retried: tuple[int, int] | None = None
+        self._debugged = False
 
     def reply(self, result: int, _reply: Any = lib.pt_reply) -> None:
         """CONTINUE: RAX = result, all else as it was. Also ends a park."""
@@ -91,6 +92,15 @@ class Context(ContextState):
             lib.pt_xinit(self._m, self._c)
         else:
             lib.pt_set_xsave(self._m, self._c, ffi.from_buffer(data), len(data))
+
+    def set_debug(self, registers: list[int]) -> bool:
+        """Debug registers DR0 to DR7 while stopped (SDM vol. 3, 17.2). False: the host refuses them."""
+        self._debugged = bool(registers[7] & 0xFF)
+        return bool(lib.pt_set_debug(self._c, ffi.new("uint64_t[8]", registers)) == 0)
+
+    def debug_status(self) -> int:
+        """DR6 since it was last asked for; while stopped in an event of vector 1."""
+        return max(0, int(lib.pt_debug_status(self._c)))
 
     def switch(self, mmu: Any) -> None:
         """exec: the next reload() starts in this address space, with the processor state initial."""
@@ -378,6 +388,8 @@ class Tracer(HostSide):
         self._drop(ctx)
         if lib.pt_running(ctx._c):
             lib.pt_stop(self._m, ctx._c)
+        if ctx._debugged:
+            ctx.set_debug([0] * 8)
         self._leave(ctx)
         c = ctx._c
         ctx._forget()

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs.vfs import PATH_MAX
-from kvmsentry.kernel import cap, cputime, exec, exit, fork, sysvipc, userns
+from kvmsentry.kernel import cap, cputime, exec, exit, fork, ptrace, sysvipc, userns
 from kvmsentry.kernel.exit import (
     P_ALL,
     P_PGID,
@@ -173,6 +173,8 @@ def execveat(task: Task, dirfd: DirFd, path: Path, argv: UserPtr, envp: UserPtr,
 # -- ending --
 @syscall(60)
 def sys_exit(task: Task, status: Int) -> Any:
+    if task.ptrace is not None:
+        return ptrace.end(task, (status & 0xFF) << 8)
     exit.do_exit(task, (status & 0xFF) << 8)
     return GONE
 
@@ -181,6 +183,8 @@ def sys_exit(task: Task, status: Int) -> Any:
 def exit_group(task: Task, status: Int) -> Any:
     process = task.process
     exit.exit_group(process, (status & 0xFF) << 8)
+    if task.ptrace is not None:
+        return ptrace.end(task, process.exit_code)
     exit.do_exit(task, process.exit_code)
     return GONE
 
@@ -423,8 +427,3 @@ def kcmp(task: Task, pid1: Pid, pid2: Pid, kind: Int, index1: ULong, index2: ULo
     if pair[0] is pair[1]:
         return 0
     return 1 if id(pair[0]) < id(pair[1]) else 2  # kcmp(2): any total order
-
-
-@syscall(101, note="no process may trace another")
-def ptrace(task: Task, request: ULong, pid: Pid, address: ULong, data: ULong) -> int:
-    return -errno.EPERM

@@ -50,8 +50,8 @@ USER_DS = 0x2B
 USER_CS = 0x33
 TSS_SELECTOR = 0x40
 
-# What an application may set in RFLAGS: CF PF AF ZF SF TF DF OF RF(no) NT AC ID (SDM vol. 1, 3.4.3).
-RFLAGS_USER = 0x244DD5
+# What an application may set in RFLAGS: CF PF AF ZF SF TF DF OF NT RF AC ID (SDM vol. 1, 3.4.3).
+RFLAGS_USER = 0x254DD5
 RFLAGS_FIXED = 0x202  # bit 1 and IF
 
 # Guest-virtual layout.

@@ -89,6 +89,15 @@ class Context(ContextState):
         else:
             lib.ks_set_xsave(self._c, ffi.from_buffer(data), len(data))
 
+    def set_debug(self, registers: list[int]) -> bool:
+        """Debug registers DR0 to DR7 while stopped (SDM vol. 3, 17.2). False: there are none to give. Some hosts
+        take them, by KVM_SET_DEBUGREGS and by KVM_SET_GUEST_DEBUG, and never stop at them: nobody is promised any."""
+        return not registers[7] & 0xFF
+
+    def debug_status(self) -> int:
+        """DR6 since it was last asked for."""
+        return 0
+
     def switch(self, mmu: Any) -> None:
         """exec: the next reload() starts in this address space, with the processor state initial."""
         self.next_mmu = mmu

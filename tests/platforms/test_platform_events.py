@@ -12,6 +12,8 @@ from platform_bench import CODE, DATA, EXEC, READ, STACK, WRITE, Bench
 from kvmsentry.errors import Errno
 from kvmsentry.vcpu.layout import EV_EXCEPTION, EV_FAULT, EV_KICKED, EV_SYSCALL, RAX, RBX, RFLAGS, RIP, RSP
 
+TF = 0x100
+
 
 def test_load_from_nowhere_then_resumed(bench: Bench) -> None:
     ctx = bench.run("p_load", rdi=0x900010, rbx=5)
@@ -67,6 +69,27 @@ def test_exceptions(bench: Bench, program: str, vector: int, behind: int) -> Non
     ctx.regs[RIP], ctx.regs[RBX] = bench.address("p_loop"), 1
     ctx.reload()
     assert bench.wait() is ctx and ctx.nr == 39
+    ctx.release()
+
+
+def test_steps_and_calls_by_turns(bench: Bench) -> None:
+    """TF of a reload is #DB behind the application's next instruction; without it a call is made (a tracer's step)."""
+    ctx = bench.context("p_hello")
+    at = ctx.regs[RIP]
+    for length in (5, 5, 5, 5, 6, 6, 6):  # up to the system call
+        ctx.regs[RFLAGS] |= TF
+        ctx.reload()
+        assert bench.wait() is ctx and (ctx.event, ctx.vector) == (EV_EXCEPTION, 1)
+        at += length
+        assert ctx.regs[RIP] == at
+    ctx.regs[RFLAGS] &= ~TF
+    ctx.reload()
+    assert bench.wait() is ctx and (ctx.event, ctx.nr, ctx.args) == (EV_SYSCALL, 1001, (1, 2, 3, 4, 5, 6))
+    ctx.regs[RAX] = 77
+    ctx.regs[RFLAGS] |= TF
+    ctx.reload()
+    assert bench.wait() is ctx and (ctx.event, ctx.vector) == (EV_EXCEPTION, 1)
+    assert ctx.regs[RIP] == at + 2 + 3 and ctx.regs[RBX] == 77
     ctx.release()
 
 

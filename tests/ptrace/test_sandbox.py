@@ -11,7 +11,7 @@ import pytest
 
 HERE = pathlib.Path(__file__).parent
 GUEST = HERE.parent / "guest"
-PROGRAMS = ("edges", "exec", "fork_wait", "ids", "signals", "threads", "vfork")
+PROGRAMS = ("edges", "exec", "fork_wait", "ids", "ptrace", "signals", "threads", "vfork")
 COMMAND = [sys.executable, "-m", "kvmsentry"]
 SCRIPTS = {
     "pipeline": "seq 1 1000 | grep 7 | sort -rn | head -n 5 | tr '\\n' ' '",

@@ -22,7 +22,7 @@ from kvmsentry.kernel import fork
 from kvmsentry.kernel.kernel import Kernel
 from kvmsentry.kernel.task import Credentials, Task
 from kvmsentry.syscall import table
-from kvmsentry.vcpu.layout import EV_EXCEPTION, EV_FAULT, EV_KICKED, EV_SYSCALL, RAX, RIP
+from kvmsentry.vcpu.layout import EV_EXCEPTION, EV_FAULT, EV_KICKED, EV_SYSCALL, R8, R9, R10, RAX, RDI, RDX, RIP, RSI
 
 if table.rows[39] is None:
     table.load()
@@ -127,6 +127,8 @@ class FakeKernelPlatform:
                 ctx.nr, *rest = args
                 ctx.regs[RAX] = ctx.nr
                 ctx.args = tuple(a & (1 << 64) - 1 for a in [*rest, 0, 0, 0, 0, 0, 0][:6])
+                for place, value in zip((RDI, RSI, RDX, R10, R8, R9), ctx.args, strict=True):
+                    ctx.regs[place] = value
             elif event == EV_FAULT:
                 ctx.fault_address, ctx.error_code = args
             elif event == EV_EXCEPTION:

@@ -139,7 +139,8 @@ def statm(reader: Task, target: Task) -> str:
 
 
 def _read(mm: Any, start: int, end: int) -> bytes:
-    """What is mapped of [start, end), at most ARGUMENT_LIMIT; ends at the first page that is not there."""
+    """What is mapped of [start, end), whatever the protection (FOLL_FORCE), at most ARGUMENT_LIMIT; ends at the first
+    page that is not there."""
     length = min(end - start, ARGUMENT_LIMIT)
     if length <= 0:
         return b""
@@ -153,7 +154,7 @@ def _read(mm: Any, start: int, end: int) -> bytes:
     while at < end:
         n = min(end - at, PAGE - at % PAGE)
         try:
-            parts.append(bytes(mm.read(at, n)))
+            parts.append(bytes(mm.read_force(at, n)))
         except Errno:
             break
         at += n
@@ -214,7 +215,7 @@ class MemFile(File):
         return scatter(views, data)
 
     def pwrite(self, views: list[memoryview], pos: int) -> int:
-        """Store at address `pos`; EIO where nothing may be stored."""
+        """Store at address `pos`, also into read-only private mappings, which get a copy; EIO where nothing is."""
         if self.mm is None or not self.mm.users:
             return 0
         data = gather(views, ARGUMENT_LIMIT)
@@ -222,7 +223,7 @@ class MemFile(File):
         while done < len(data):
             n = min(len(data) - done, PAGE - (pos + done) % PAGE)
             try:
-                self.mm.write(pos + done, data[done : done + n])
+                self.mm.write_force(pos + done, data[done : done + n])
             except Errno:
                 return done or -errno.EIO
             done += n

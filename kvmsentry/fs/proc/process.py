@@ -30,15 +30,19 @@ _RLIMITS = (
     ("Max pending signals", "signals"), ("Max msgqueue size", "bytes"), ("Max nice priority", ""),
     ("Max realtime priority", ""), ("Max realtime timeout", "us"),
 )  # fmt: skip
-_STATES = {"R": "running", "S": "sleeping", "D": "disk sleep", "T": "stopped", "Z": "zombie", "X": "dead"}
+_STATES = {
+    "R": "running", "S": "sleeping", "D": "disk sleep", "T": "stopped", "t": "tracing stop", "Z": "zombie", "X": "dead",
+}  # fmt: skip
 
 
 def state(task: Task) -> str:
-    """One letter: R S D T Z X."""
+    """One letter: R S D T t Z X."""
     process = task.process
     if task.dead or (process.zombie and task is process.leader):
         return "Z"
-    if process.stopped:
+    if task.ptrace is not None and task.ptrace.code is not None:
+        return "t"
+    if process.stopped and (task.ptrace is None or not task.ptrace.released):
         return "T"
     sleep = task.sleep
     if task.in_guest or sleep is None or sleep.woken:
@@ -125,7 +129,8 @@ def status(reader: Task, target: Task, ns: PidNamespace) -> str:
         lines.append(f"Umask:\t{target.fs.umask:04o}")
     lines += [
         f"State:\t{letter} ({_STATES[letter]})", f"Tgid:\t{ns.pid_of(process)}", "Ngid:\t0",
-        f"Pid:\t{ns.tid_of(target)}", f"PPid:\t{ns.pid_of(process.parent)}", "TracerPid:\t0",
+        f"Pid:\t{ns.tid_of(target)}", f"PPid:\t{ns.pid_of(process.parent)}",
+        f"TracerPid:\t{ns.tid_of(target.ptrace.tracer) if target.ptrace is not None else 0}",
         "Uid:\t" + "\t".join(str(shown_uid(seer, i)) for i in (creds.uid, creds.euid, creds.suid, creds.fsuid)),
         "Gid:\t" + "\t".join(str(shown_gid(seer, i)) for i in (creds.gid, creds.egid, creds.sgid, creds.fsgid)),
         f"FDSize:\t{size if files is not None else 0}",
