@@ -45,7 +45,7 @@ ON_PATHS = {F_DUPFD, F_DUPFD_CLOEXEC, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_QUERY} 
 
 # uapi/asm-generic/ioctls.h, uapi/linux/fs.h
 FIONBIO, FIONREAD, FIONCLEX, FIOCLEX, FIOASYNC, FIOQSIZE, FIGETBSZ = 0x5421, 0x541B, 0x5450, 0x5451, 0x5452, 0x5460, 2
-FICLONE, FICLONERANGE = 0x40049409, 0x4020940D
+FICLONE, FICLONERANGE, FS_IOC_FIEMAP = 0x40049409, 0x4020940D, 0xC020660B
 
 SIGIO = 29
 POLL_IN, POLL_OUT, POLL_MSG, POLL_ERR, POLL_PRI, POLL_HUP = 1, 2, 3, 4, 5, 6  # si_code of SIGIO, siginfo.h
@@ -347,6 +347,8 @@ def ioctl(task: Task, fd: Fd, request: UInt, arg: ULong) -> Any:
                 raise Errno(errno.ENOTTY)
             set_async(task, file, bool(on))
         return 0
+    if request == FS_IOC_FIEMAP:
+        raise Errno(errno.EOPNOTSUPP)  # as of a tmpfs: no file here has blocks on a disk
     kind = file.inode.mode & 0o170000
     if kind == st.S_IFREG:
         if request == FIONREAD:
