@@ -74,6 +74,7 @@ class MapDirectory(Inode):
     def __init__(self, sb: SuperBlock, target: Target) -> None:
         super().__init__(sb, st.S_IFDIR | 0o500)
         self.target = target
+        self._links: dict[tuple[int, int, int], MapLink] = {}
 
     def lookup(self, name: bytes) -> Inode:
         """ENOENT unless a file is mapped there."""
@@ -82,13 +83,21 @@ class MapDirectory(Inode):
         if match is None:
             raise Errno(errno.ENOENT)
         start, end = int(match[1], 16), int(match[2], 16)
-        node = MapLink(self.sb, self.target, start, end, find(target, start, end).prot)
+        return self._link(find(target, start, end))
+
+    def _link(self, vma: Any) -> MapLink:
+        key = vma.start, vma.end, vma.prot
+        node = self._links.get(key)
+        if node is None:
+            if len(self._links) > 4096:
+                self._links.clear()
+            node = self._links[key] = MapLink(self.sb, self.target, *key)
         node.uid, node.gid = self.uid, self.gid
         return node
 
     def readdir(self) -> Iterable[tuple[bytes, int, int]]:
         """Every mapped file."""
         target = self.target()
-        for index, vma in enumerate(target.mm.maps() if target.mm is not None else ()):
+        for vma in list(target.mm.maps()) if target.mm is not None else ():
             if file_of(vma) is not None:
-                yield b"%x-%x" % (vma.start, vma.end), self.ino + 1 + index, DT_LNK
+                yield b"%x-%x" % (vma.start, vma.end), self._link(vma).ino, DT_LNK
