@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import stat as st
 import struct
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
@@ -23,6 +24,7 @@ from kvmsentry.fs.tmpfs import (
     TmpInode,
 )
 from kvmsentry.fs.vfs import FASYNC, O_APPEND, O_DIRECT, O_NOATIME, O_NONBLOCK, O_PATH, TASK_IO, WATCHES, File
+from kvmsentry.kernel.hostwork import on_host
 from kvmsentry.kernel.task import RLIM_INFINITY, RLIMIT_FSIZE, RLIMIT_NOFILE, SigInfo
 from kvmsentry.kernel.traps import Pace
 from kvmsentry.syscall.sys_io import LONG, install, limit_size, writable
@@ -368,17 +370,35 @@ def ioctl(task: Task, fd: Fd, request: UInt, arg: ULong) -> Any:
 
 # -- size and storage ------------------------------------------------------------------------------------------
 @syscall(74)
-def fsync(task: Task, fd: Fd) -> int:
+def fsync(task: Task, fd: Fd) -> Any:
     """fsync(2)."""
-    task.files.get_io(fd).fsync()
-    return 0
+    return _sync(task, task.files.get_io(fd), os.fsync)
+
+
+def _sync(task: Task, file: File, flush: Callable[[int], None]) -> Any:
+    """A file on the host is flushed on another thread: the disk takes its time."""
+    host = file.sync_fd()
+    if host < 0:
+        file.fsync()
+        return 0
+    try:
+        own = os.dup(host)  # open until the flush is over, whatever becomes of the file
+    except OSError as error:
+        return -(error.errno or errno.EIO)
+
+    def call() -> None:
+        try:
+            flush(own)
+        finally:
+            os.close(own)
+
+    return on_host(task, "fsync", call)
 
 
 @syscall(75)
-def fdatasync(task: Task, fd: Fd) -> int:
+def fdatasync(task: Task, fd: Fd) -> Any:
     """fdatasync(2)."""
-    task.files.get_io(fd).fsync()
-    return 0
+    return _sync(task, task.files.get_io(fd), os.fdatasync)
 
 
 @syscall(277)
