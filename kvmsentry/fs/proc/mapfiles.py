@@ -31,6 +31,11 @@ def file_of(vma: Any) -> Inode | None:
     return inode
 
 
+def is_file(vma: Any) -> bool:
+    """Does the VMA have a link? What is shown by a path has, memory that is shared without a file too."""
+    return file_of(vma) is not None or vma.name.startswith(b"/")
+
+
 class MapLink(Inode):
     """One link."""
 
@@ -49,7 +54,8 @@ class MapLink(Inode):
         if not task.creds.capable(cap.SYS_ADMIN) and not task.creds.capable(cap.CHECKPOINT_RESTORE):
             raise Errno(errno.EPERM)
         inode = file_of(self._vma(task))
-        assert inode is not None
+        if inode is None:
+            raise Errno(errno.ENOENT)
         dentry = Dentry(b"", None, inode)
         return Path(Mount(inode.sb, dentry), dentry)
 
@@ -63,7 +69,7 @@ class MapLink(Inode):
 def find(target: Task, start: int, end: int) -> Any:
     """The VMA of a file with just these addresses; ENOENT."""
     vma = target.mm.tree.find(start) if target.mm is not None else None
-    if vma is None or (vma.start, vma.end) != (start, end) or file_of(vma) is None:
+    if vma is None or (vma.start, vma.end) != (start, end) or not is_file(vma):
         raise Errno(errno.ENOENT)
     return vma
 
@@ -99,5 +105,5 @@ class MapDirectory(Inode):
         """Every mapped file."""
         target = self.target()
         for vma in list(target.mm.maps()) if target.mm is not None else ():
-            if file_of(vma) is not None:
+            if is_file(vma):
                 yield b"%x-%x" % (vma.start, vma.end), self._link(vma).ino, DT_LNK
