@@ -600,6 +600,10 @@ class GoferFile(File):
             except OSError as error:
                 raise refused(error) from None
 
+    def sync_fd(self) -> int:
+        """The Gofer's descriptor of a file that is written."""
+        return self.handle.fd if self.flags & O_ACCMODE else -1
+
     def fallocate(self, mode: int, offset: int, length: int) -> None:
         """fallocate(2) of the plain kind; the host's file system may do more, we do not."""
         if mode:

@@ -357,6 +357,10 @@ class HostFile(File):
         except OSError as error:
             raise Errno(error.errno or errno.EIO) from None
 
+    def sync_fd(self) -> int:
+        """A regular file's descriptor."""
+        return self.host.fd if self.seekable else -1
+
     def label(self) -> bytes:
         """What /proc/PID/fd/N shows."""
         kind = self.host.kind

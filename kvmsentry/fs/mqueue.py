@@ -36,6 +36,7 @@ MQ_PRIO_MAX = 32768  # uapi/linux/mqueue.h
 HARD_MSGMAX, HARD_MSGSIZEMAX = 65536, 16 << 20  # include/linux/ipc_namespace.h
 DIRENT_SIZE, FILENT_SIZE = 20, 80  # ipc/mqueue.c
 MESSAGE_COST, LEVEL_COST = 48, 48  # sizeof struct msg_msg, struct posix_msg_tree_node: charged to RLIMIT_MSGQUEUE
+HELD_MOST = 128 << 20  # bytes of messages in one namespace: they are in our own memory, whatever the limits allow
 MSGQUEUE_DEFAULT = 819200  # MQ_BYTES_MAX, the first soft limit
 SIGEV_SIGNAL, SIGEV_NONE, SIGEV_THREAD = 0, 1, 2  # uapi/asm-generic/siginfo.h
 NOTIFY_WOKENUP, NOTIFY_REMOVED = 1, 2  # uapi/linux/mqueue.h: last byte of a SIGEV_THREAD cookie
@@ -172,7 +173,12 @@ class QueueInode(Inode):
 
     async def send_wait(self, task: Task, priority: int, text: bytes, deadline: int | None) -> int:
         """Sleep until a receiver has made room for the message; ETIMEDOUT."""
-        return await _sleep(task, self.senders, Waiter(task.nice, (priority, text)), deadline)
+        waiter = Waiter(task.nice, (priority, text))
+        try:
+            return await _sleep(task, self.senders, waiter, deadline)
+        finally:
+            if not waiter.done:
+                self.space.held -= len(text)
 
     async def receive_wait(self, task: Task, deadline: int | None) -> tuple[int, bytes] | int:
         """Sleep until a message is handed over; -ETIMEDOUT."""
@@ -222,6 +228,7 @@ class QueueInode(Inode):
         else:
             del self.space.charged[self.payer]
         self.space.count -= 1
+        self.space.held -= self.bytes
         self.levels, self.priorities, self.messages, self.bytes = {}, [], 0, 0
 
     def text(self) -> bytes:
@@ -378,6 +385,7 @@ class QueueSpace:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.count = 0
+        self.held = 0  # bytes of all messages, also of those that sleepers want to send
         self.charged: dict[int, int] = kernel.__dict__.setdefault("mqueue_charged", {})
         self.super = MqueueSuper(self)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs.proc import idmaps, links, memory, net, process, sysctl, system
+from kvmsentry.fs.proc import idmaps, links, mapfiles, memory, net, process, sysctl, system
 from kvmsentry.fs.proc.nodes import KernelSuper, LinkInode, TextInode, TreeInode
 from kvmsentry.fs.vfs import DT_DIR, DT_LNK, DT_REG, Inode, SuperBlock
 
@@ -138,6 +138,8 @@ class ProcessInode(Inode):
             return memory.MemInode(sb, target)
         if name == b"fd" or name == b"fdinfo":
             return links.FdDirectory(sb, target, name == b"fdinfo")
+        if name == b"map_files" and self.task is None:
+            return mapfiles.MapDirectory(sb, target)
         if name == b"ns":
             return TreeInode(sb, {kind: links.NsLink(sb, target, kind) for kind in links.NAMES}, 0o511)
         if name == b"net":
@@ -154,7 +156,7 @@ class ProcessInode(Inode):
         """All rows."""
         names = [*((name, DT_DIR) for name in _DIRECTORIES), *((name, DT_LNK) for name in _LINKS), (b"mem", DT_REG)]
         if self.task is None:
-            names.append((b"task", DT_DIR))
+            names += [(b"task", DT_DIR), (b"map_files", DT_DIR)]
             names += [(name, DT_REG) for name in (*FILES, *_NUMBERED, *idmaps.NAMES)]
         else:
             names.append((b"children", DT_REG))

@@ -726,6 +726,10 @@ class File:
     def fsync(self) -> None:
         """fsync(2)."""
 
+    def sync_fd(self) -> int:
+        """A host descriptor whose fsync(2) is ours and may take long; -1: `fsync` does it at once."""
+        return -1
+
     def fallocate(self, mode: int, offset: int, length: int) -> None:
         """fallocate(2); mode is FALLOC_FL_* bits. The arguments and the file's being writable were checked by the
         caller."""

@@ -29,6 +29,7 @@ POSSESSOR, USER, GROUP = 24, 16, 8  # where a permission's bits stand
 THREAD, PROCESS, SESSION, USER_RING, USER_SESSION, GROUP_RING, AUTH, REQUESTOR = range(-1, -9, -1)
 DEPTH_MOST = 6  # KEYRING_SEARCH_MAX_DEPTH
 USER_DATA_MOST, DESCRIPTION_MOST = 32767, 4096
+KEYS_MOST, BYTES_MOST = 20_000, 25_000_000  # of one user, whatever the limits in /proc/sys say
 ENOKEY, EKEYEXPIRED, EKEYREVOKED = errno.ENOKEY, errno.EKEYEXPIRED, errno.EKEYREVOKED
 
 
@@ -175,10 +176,11 @@ class KeyTable:
         self.users: dict[int, KeyUser] = {}
 
     def number(self, name: str) -> int:
-        """A value of /proc/sys/kernel/keys."""
+        """A value of /proc/sys/kernel/keys; the application's root may raise it only so far, since keys are in our own
+        memory."""
         from kvmsentry.fs.proc.sysctl import sysctl
 
-        return sysctl(self.kernel).number(f"kernel/keys/{name}")
+        return min(sysctl(self.kernel).number(f"kernel/keys/{name}"), KEYS_MOST if "keys" in name else BYTES_MOST)
 
     def user(self, uid: int) -> KeyUser:
         """The accounts of `uid`."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import stat as st
 import struct
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
@@ -24,6 +25,7 @@ from kvmsentry.fs.tmpfs import (
     TmpInode,
 )
 from kvmsentry.fs.vfs import FASYNC, O_APPEND, O_DIRECT, O_NOATIME, O_NONBLOCK, O_PATH, TASK_IO, WATCHES, File
+from kvmsentry.kernel.hostwork import on_host
 from kvmsentry.kernel.pidns import PidNamespace
 from kvmsentry.kernel.task import RLIM_INFINITY, RLIMIT_FSIZE, RLIMIT_NOFILE, SigInfo
 from kvmsentry.kernel.traps import Pace
@@ -48,7 +50,7 @@ ON_PATHS = {F_DUPFD, F_DUPFD_CLOEXEC, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_QUERY} 
 
 # uapi/asm-generic/ioctls.h, uapi/linux/fs.h
 FIONBIO, FIONREAD, FIONCLEX, FIOCLEX, FIOASYNC, FIOQSIZE, FIGETBSZ = 0x5421, 0x541B, 0x5450, 0x5451, 0x5452, 0x5460, 2
-FICLONE, FICLONERANGE = 0x40049409, 0x4020940D
+FICLONE, FICLONERANGE, FS_IOC_FIEMAP = 0x40049409, 0x4020940D, 0xC020660B
 
 SIGIO = 29
 POLL_IN, POLL_OUT, POLL_MSG, POLL_ERR, POLL_PRI, POLL_HUP = 1, 2, 3, 4, 5, 6  # si_code of SIGIO, siginfo.h
@@ -374,6 +376,8 @@ def ioctl(task: Task, fd: Fd, request: UInt, arg: ULong) -> Any:
                 raise Errno(errno.ENOTTY)
             set_async(task, file, bool(on))
         return 0
+    if request == FS_IOC_FIEMAP:
+        raise Errno(errno.EOPNOTSUPP)  # as of a tmpfs: no file here has blocks on a disk
     kind = file.inode.mode & 0o170000
     if kind == st.S_IFREG:
         if request == FIONREAD:
@@ -393,17 +397,35 @@ def ioctl(task: Task, fd: Fd, request: UInt, arg: ULong) -> Any:
 
 # -- size and storage ------------------------------------------------------------------------------------------
 @syscall(74)
-def fsync(task: Task, fd: Fd) -> int:
+def fsync(task: Task, fd: Fd) -> Any:
     """fsync(2)."""
-    task.files.get_io(fd).fsync()
-    return 0
+    return _sync(task, task.files.get_io(fd), os.fsync)
+
+
+def _sync(task: Task, file: File, flush: Callable[[int], None]) -> Any:
+    """A file on the host is flushed on another thread: the disk takes its time."""
+    host = file.sync_fd()
+    if host < 0:
+        file.fsync()
+        return 0
+    try:
+        own = os.dup(host)  # open until the flush is over, whatever becomes of the file
+    except OSError as error:
+        return -(error.errno or errno.EIO)
+
+    def call() -> None:
+        try:
+            flush(own)
+        finally:
+            os.close(own)
+
+    return on_host(task, "fsync", call)
 
 
 @syscall(75)
-def fdatasync(task: Task, fd: Fd) -> int:
+def fdatasync(task: Task, fd: Fd) -> Any:
     """fdatasync(2)."""
-    task.files.get_io(fd).fsync()
-    return 0
+    return _sync(task, task.files.get_io(fd), os.fdatasync)
 
 
 @syscall(277)

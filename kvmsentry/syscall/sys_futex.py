@@ -116,10 +116,15 @@ SUPPORTED = (
     | CMD_REGISTER_GLOBAL_EXPEDITED
     | CMD_PRIVATE_EXPEDITED
     | CMD_REGISTER_PRIVATE_EXPEDITED
+    | CMD_PRIVATE_EXPEDITED_SYNC_CORE
+    | CMD_REGISTER_PRIVATE_EXPEDITED_SYNC_CORE
+)
+REGISTERING = (
+    CMD_REGISTER_GLOBAL_EXPEDITED | CMD_REGISTER_PRIVATE_EXPEDITED | CMD_REGISTER_PRIVATE_EXPEDITED_SYNC_CORE
 )
 
 
-@syscall(324, partial="no rseq and no core-serialising commands")
+@syscall(324, note="no rseq commands, as without CONFIG_RSEQ")
 def membarrier(task: Task, cmd: Int, flags: UInt, cpu_id: Int) -> int:
     if flags:
         return -errno.EINVAL
@@ -127,11 +132,13 @@ def membarrier(task: Task, cmd: Int, flags: UInt, cpu_id: Int) -> int:
         return SUPPORTED
     if cmd & ~SUPPORTED or cmd & (cmd - 1):
         return -errno.EINVAL
-    if cmd in (CMD_REGISTER_GLOBAL_EXPEDITED, CMD_REGISTER_PRIVATE_EXPEDITED):
+    if cmd & REGISTERING:
         task.process.membarrier = getattr(task.process, "membarrier", 0) | cmd  # type: ignore[attr-defined]
         return 0
-    if cmd == CMD_PRIVATE_EXPEDITED and not getattr(task.process, "membarrier", 0) & CMD_REGISTER_PRIVATE_EXPEDITED:
-        return -errno.EPERM
-    # A host-wide barrier orders the runner threads, which are where our tasks' memory accesses happen.
+    if cmd in (CMD_PRIVATE_EXPEDITED, CMD_PRIVATE_EXPEDITED_SYNC_CORE):
+        if not getattr(task.process, "membarrier", 0) & cmd << 1:  # each command's registration is the next bit
+            return -errno.EPERM
+    # A host-wide barrier orders the runner threads, which are where our tasks' memory accesses happen. It interrupts
+    # those that run, and the way back into application code (IRET, a VM entry) serialises the core.
     task.kernel.platform.memory_barrier()
     return 0

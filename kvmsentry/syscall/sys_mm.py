@@ -6,6 +6,7 @@ import errno
 from typing import Any
 
 from kvmsentry.errors import Errno
+from kvmsentry.fs.tmpfs import label_of
 from kvmsentry.fs.vfs import MS_NOEXEC
 from kvmsentry.kernel.task import RLIMIT_MEMLOCK, Task
 from kvmsentry.kernel.traps import Pace
@@ -48,6 +49,8 @@ def mmap(task: Task, addr: UserPtr, length: Size, prot: ULong, flags: UInt, fd: 
         if offset + length >= 1 << 63:
             return -errno.EOVERFLOW
         backing = file.backing()
+        if backing is None and kind == MAP_PRIVATE:  # /dev/zero: anonymous, but shown by its path
+            return task.mm.mmap(addr, length, prot & 7, flags, None, 0, 7, label_of(task.kernel, file.path))
         if kind == MAP_SHARED_VALIDATE:
             flags = flags & ~MAP_TYPE | MAP_SHARED
         if kind != MAP_PRIVATE:

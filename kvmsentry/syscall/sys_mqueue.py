@@ -10,6 +10,7 @@ from typing import Any
 from kvmsentry.errors import Errno
 from kvmsentry.fs import ops
 from kvmsentry.fs.mqueue import (
+    HELD_MOST,
     MQ_PRIO_MAX,
     SIGEV_NONE,
     SIGEV_SIGNAL,
@@ -113,12 +114,16 @@ def mq_timedsend(task: Task, mqdes: Fd, msg: UserPtr, length: Size, priority: UI
     inode = file.inode
     if length > inode.message_size:
         return -errno.EMSGSIZE
+    if inode.space.held + length > HELD_MOST:
+        return -errno.ENOMEM
     text = task.mm.read(msg, length) if length else b""
     if inode.messages < inode.max_messages:
+        inode.space.held += length
         inode.post(task, priority, text)
         return 0
     if file.flags & O_NONBLOCK:
         return -errno.EAGAIN
+    inode.space.held += length
     return _held(file, inode.send_wait(task, priority, text, deadline))
 
 
@@ -143,7 +148,7 @@ def mq_timedreceive(task: Task, mqdes: Fd, msg: UserPtr, length: Size, priority:
     if length < inode.message_size:
         return -errno.EMSGSIZE
     if inode.messages:
-        return _deliver(task, inode.fetch(), msg, priority)
+        return _deliver(task, inode, inode.fetch(), msg, priority)
     if file.flags & O_NONBLOCK:
         return -errno.EAGAIN
     return _held(file, _receive_later(task, inode, msg, priority, deadline))
@@ -151,12 +156,13 @@ def mq_timedreceive(task: Task, mqdes: Fd, msg: UserPtr, length: Size, priority:
 
 async def _receive_later(task: Task, inode: QueueInode, msg: int, priority: int, deadline: int | None) -> int:
     got = await inode.receive_wait(task, deadline)
-    return got if isinstance(got, int) else _deliver(task, got, msg, priority)
+    return got if isinstance(got, int) else _deliver(task, inode, got, msg, priority)
 
 
-def _deliver(task: Task, message: tuple[int, bytes], msg: int, priority: int) -> int:
+def _deliver(task: Task, inode: QueueInode, message: tuple[int, bytes], msg: int, priority: int) -> int:
     """Into user memory; what can't be stored is lost, as there."""
     level, text = message
+    inode.space.held -= len(text)
     if priority:
         task.mm.write_u32(priority, level)
     if text:

@@ -1,6 +1,9 @@
 /* Calls that few programs make: file handles, process_madvise, remap_file_pages, old and refused ones. */
 #include "proc_check.h"
 #include <fcntl.h>
+#include <linux/fiemap.h>
+#include <linux/fs.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
@@ -123,8 +126,62 @@ static void old(void)
 	FAILS(syscall(SYS_sysfs, 4), EINVAL);
 }
 
+static void mapped_files(void)
+{
+	char name[128], text[256], path[] = "/tmp/mapped.XXXXXX", byte;
+	int fd = mkstemp(path), again;
+	ssize_t n;
+	char *p;
+
+	CHECK(fd >= 0 && ftruncate(fd, 8192) == 0 && pwrite(fd, "m", 1, 0) == 1);
+	p = mmap(NULL, 8192, PROT_READ, MAP_SHARED, fd, 0);
+	CHECK(p != MAP_FAILED);
+	close(fd);
+	snprintf(name, sizeof(name), "/proc/self/map_files/%lx-%lx", (long)p, (long)p + 8192);
+	n = readlink(name, text, sizeof(text) - 1);
+	CHECK(n > 0);
+	text[n] = 0;
+	CHECK(strcmp(text, path) == 0);
+	CHECK(unlink(path) == 0);
+	again = open(name, O_RDONLY); /* the file itself, which has no name any more */
+	if (again == -1)
+		CHECK(errno == EPERM);
+	else
+		CHECK(read(again, &byte, 1) == 1 && byte == 'm' && close(again) == 0);
+	snprintf(name, sizeof(name), "/proc/self/map_files/%lx-%lx", (long)p, (long)p + 4096);
+	FAILS(readlink(name, text, sizeof(text)), ENOENT);
+	FAILS(readlink("/proc/self/map_files/nonsense", text, sizeof(text)), ENOENT);
+	munmap(p, 8192);
+}
+
+static void barriers(void)
+{
+	long known = syscall(SYS_membarrier, 0, 0, 0);
+
+	CHECK(known > 0 && (known & 127) == 127);
+	FAILS(syscall(SYS_membarrier, 32, 0, 0), EPERM);
+	CHECK(syscall(SYS_membarrier, 64, 0, 0) == 0 && syscall(SYS_membarrier, 32, 0, 0) == 0);
+	FAILS(syscall(SYS_membarrier, 8, 0, 0), EPERM);
+	CHECK(syscall(SYS_membarrier, 16, 0, 0) == 0 && syscall(SYS_membarrier, 8, 0, 0) == 0);
+	FAILS(syscall(SYS_membarrier, 3, 0, 0), EINVAL);
+}
+
+static void extents(void)
+{
+	struct fiemap map = { .fm_length = ~0ULL };
+	int fd = open("/dev/shm", O_TMPFILE | O_RDWR, 0600);
+
+	if (fd >= 0) {
+		FAILS(ioctl(fd, FS_IOC_FIEMAP, &map), EOPNOTSUPP);
+		close(fd);
+	}
+}
+
 int main(void)
 {
+	mapped_files();
+	barriers();
+	extents();
 	handles();
 	advice();
 	remapping();
