@@ -14,7 +14,8 @@ COMMANDS = {
     "unshare-user-pid": f"unshare -Urpfm --mount-proc sh -c 'echo $$; {IDS}; ls -d /proc/[0-9]*'",
     "unshare-as-user": "setpriv --reuid 1000 --regid 1000 --clear-groups "
     f"unshare -Urpfm --mount-proc sh -c '{IDS}; mount -t tmpfs x /mnt && umount /mnt; umount /proc'",
-    "unshare-uts-ipc": "unshare -ui sh -c 'hostname q; hostname; ipcmk -Q >/dev/null; ipcs -q | wc -l'; ipcs -q | wc -l",
+    "unshare-uts-ipc": "unshare -ui sh -c 'hostname q; hostname; ipcmk -Q >/dev/null; ipcs -q | wc -l'; "
+    "ipcs -q | wc -l",
     "unshare-net": "unshare -n sh -c 'wc -l </proc/self/net/dev'",
     "kill-child": "unshare -pf --kill-child sh -c 'kill -9 1; echo alive'",
     "init-takes-all": "unshare -pf sh -c 'sleep 60 & sleep 60 & exit 3'",
