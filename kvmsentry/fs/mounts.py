@@ -195,7 +195,7 @@ fstypes: dict[str, Constructor] = {
     "ramfs": _ramfs,
     "devtmpfs": _lazily("kvmsentry.fs.devfs", "DevSuper", shared=True),
     "devpts": _lazily("kvmsentry.fs.devfs", "pts_super"),
-    "proc": _lazily("kvmsentry.fs.procfs", "ProcSuper", shared=True),
+    "proc": _lazily("kvmsentry.fs.procfs", "ProcSuper"),
     "mqueue": _mqueue,
     "sysfs": _lazily("kvmsentry.fs.sysfs", "SysSuper", shared=True),
     "cgroup2": _lazily("kvmsentry.fs.sysfs", "CgroupSuper", shared=True),
@@ -384,14 +384,10 @@ def _own_options(task: Task, fstype: str, options: dict[str, str]) -> dict[str, 
 
 
 def _proc_of(task: Task) -> SuperBlock:
-    """The procfs of the task's PID namespace, which is not the first."""
+    """A procfs of the task's PID namespace, which is not the first."""
     from kvmsentry.fs.procfs import ProcSuper
 
-    space = task.process.pid_ns
-    sb: SuperBlock | None = space.proc_super
-    if sb is None:
-        sb = space.proc_super = ProcSuper(task.kernel, space)
-    return sb
+    return ProcSuper(task.kernel, task.process.pid_ns)
 
 
 def _attach(task: Task, mount: Mount, place: Path) -> None:

@@ -41,7 +41,6 @@ class PidNamespace:
         self.closed = False  # init is gone: nobody is born here any more
         self.last_pid = 0
         self.ns_ino = 0
-        self.proc_super: Any = None  # the procfs that shows it
 
     # -- numbers going out; 0 for what the namespace does not see
     def pid_of(self, process: Process | None) -> int:

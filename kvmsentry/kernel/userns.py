@@ -202,7 +202,7 @@ def _parse(data: bytes) -> Map:
         if len(words) != 3 or not all(word.isdigit() and len(word) <= 10 for word in words):
             raise Errno(errno.EINVAL)
         first, lower, count = map(int, words)
-        if max(first, lower) >= INVALID or not count or max(first, lower) + count > INVALID + 0:
+        if max(first, lower) >= INVALID or not count or max(first, lower) + count > INVALID:
             raise Errno(errno.EINVAL)
         for other_first, other_lower, other_count in extents:
             if first < other_first + other_count and other_first < first + count:

@@ -327,6 +327,7 @@ def test_namespace_copy_and_pivot(task):
     mount(task, b"none", b"/b", b"tmpfs")
     task.call(83, b"/b/old", 0o755)
     old_root = task.fs.root
+    old_root.mount.namespace.users += 1  # somebody else is there too
     mounts.copy_namespace(task.fs)
     assert task.fs.root.mount is not old_root.mount
     assert task.call(155, b"/b", b"/b/old") == 0

@@ -184,7 +184,8 @@ def loadavg(task: Task) -> str:
     """/proc/loadavg."""
     kernel = task.kernel
     one, five, fifteen = load(kernel)
-    last = getattr(kernel, "_last_pid", 0)
+    space = task.process.pid_ns
+    last = space.last_pid if space.level else getattr(kernel, "_last_pid", 0)
     return f"{one:.2f} {five:.2f} {fifteen:.2f} {max(1, runnable(kernel))}/{len(kernel.tasks)} {last}\n"
 
 
