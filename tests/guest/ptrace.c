@@ -875,7 +875,7 @@ static void read_body(void)
 	if (nanosleep(&t, NULL))
 		_exit(2);
 	if (!fork()) {
-		usleep(200000);
+		usleep(1500000);	/* after all interruptions, also on a busy machine */
 		_exit(write(fds[1], "x", 1) != 1);
 	}
 	_exit(read(fds[0], &c, 1) == 1 && c == 'x' ? 20 : 30 + errno);
