@@ -616,7 +616,7 @@ static void test_attach(void)
 	memset(&si, 0, sizeof(si));
 	CHECK(!waitid(P_PID, pid, &si, WSTOPPED) && si.si_code == CLD_STOPPED && si.si_status == SIGSTOP);
 	CHECK(!pt(PTRACE_ATTACH, pid, 0, 0));
-	CHECK(!waitid(P_PID, pid, &si, WSTOPPED | WNOHANG) && si.si_code == CLD_TRAPPED && si.si_status == SIGSTOP);
+	CHECK(!waitid(P_PID, pid, &si, WSTOPPED) && si.si_code == CLD_TRAPPED && si.si_status == SIGSTOP);
 	kill(pid, SIGCONT);
 	CHECK(!pt(PTRACE_CONT, pid, 0, 0));
 	CHECK(stopped_with(pid, SIGCONT) || stopped_with(pid, SIGCONT));
