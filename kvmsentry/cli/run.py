@@ -27,7 +27,8 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that say how the sandbox works, for `run` and `do` alike."""
     for option in reversed(
         [
-            click.option("--platform", default="auto", metavar="auto|kvm|ptrace", help="What runs the application."),
+            click.option("--platform", default="auto", envvar="KVMSENTRY_PLATFORM", metavar="auto|kvm|ptrace",
+                         help="What runs the application (default: $KVMSENTRY_PLATFORM, or auto)."),
             click.option("--memory", "-m", metavar="SIZE", help="Most memory the sandbox may use, as in 512m or 2g."),
             click.option("--network", "--net", default="none", show_default=True, metavar="|".join(NETWORKS),
                          help="Which network: nothing but loopback, a way out through the host, or the host's own."),

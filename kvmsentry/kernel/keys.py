@@ -10,7 +10,7 @@ key that is not there (/sbin/request-key): request_key(2) then fails with ENOKEY
 from __future__ import annotations
 
 import errno
-import random
+import os
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -192,7 +192,7 @@ class KeyTable:
     def add(self, key: Key) -> None:
         """Give `key` a serial number, which can't be guessed (key_alloc_serial)."""
         while True:
-            serial = random.SystemRandom().randrange(3, 1 << 30)
+            serial = 3 + int.from_bytes(os.urandom(8), "little") % ((1 << 30) - 3)
             if serial not in self.keys:
                 break
         key.serial = serial

@@ -16,7 +16,6 @@ tcp(7). What differs: TCP_INFO's counters and a packet capture do not see these 
 from __future__ import annotations
 
 import errno
-import ipaddress
 import socket
 import struct
 import weakref
@@ -84,10 +83,10 @@ class TcpSocket(InetSocket):
     def _await_accept(self, name: bytes) -> None:
         try:
             peer = self.address(name)
-            if not ipaddress.ip_address(peer[0].removeprefix("::ffff:").partition("%")[0]).is_loopback:
+            if peer[0] != "::1" and not peer[0].removeprefix("::ffff:").startswith("127."):
                 return
             self.ends = ends_of(self.host.getsockname(), peer)
-        except (OSError, ValueError):  # a name that only the host understands: no short cut
+        except OSError:  # a name that only the host understands: no short cut
             return
         waiting = self.stack.connecting
         while len(waiting) >= WAITING_MOST:

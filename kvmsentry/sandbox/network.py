@@ -22,7 +22,7 @@ from typing import Any
 from kvmsentry import log
 from kvmsentry.errors import HostError, UserError
 from kvmsentry.gofer import hostcalls
-from kvmsentry.sandbox import outbound, ports
+from kvmsentry.sandbox import ports
 from kvmsentry.sandbox.spec import SandboxSpec
 
 MODES = ("none", "host", "bridge", "veth", "pasta", "slirp4netns")
@@ -115,6 +115,8 @@ class Network:
             return
         self.user_fd, self.net_fd = new_namespace()
         if self.mode != "none":
+            from kvmsentry.sandbox import outbound  # most sandboxes need none of it
+
             self.way_out = outbound.connect(self.mode, self.user_fd, self.net_fd)
         if self.listeners:
             address = self.way_out.guest_address if self.way_out is not None else "127.0.0.1"
@@ -130,6 +132,8 @@ class Network:
     def resolv_conf(self) -> str | None:
         """What /etc/resolv.conf should say; None without a way to any name server."""
         if self.mode == "host":
+            from kvmsentry.sandbox import outbound
+
             return outbound.host_resolv_conf(loopback=True)
         return self.way_out.resolv_conf if self.way_out is not None else None
 

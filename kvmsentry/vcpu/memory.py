@@ -115,6 +115,9 @@ class GuestMemory:
         if length <= 0 or gpa + length > self.file_base:
             raise HostError("growing guest memory", errno.ENOMEM, "the guest's RAM is at its limit")
         rc = lib.ks_map_ram(self._base + gpa, length, 1)
+        if rc == 0 and gpa == layout.MACHINE_SIZE:
+            # The first block serves tables and single pages: a small program needs a tenth of a huge page.
+            rc = lib.ks_map_ram(self._base + gpa, HUGE, 0)
         if rc < 0:
             raise HostError("mmap of guest memory", -rc)
         self._slot(gpa, length, False)
