@@ -680,6 +680,8 @@ static void test_not_the_parent(void)
 	pid_t pid = plain_child(sleep_body), tracer;
 	siginfo_t si;
 
+	signal(SIGUSR1, handler);	/* before there is anybody to send it */
+	handled = 0;
 	tracer = fork();
 	if (!tracer) {
 		int bad = 0;
@@ -696,8 +698,6 @@ static void test_not_the_parent(void)
 		bad |= ended_with(pid, SIGTERM) ? 0 : 32;
 		_exit(bad);
 	}
-	signal(SIGUSR1, handler);
-	handled = 0;
 	while (!handled)
 		usleep(1000);
 	CHECK(waitpid(pid, &status, WNOHANG) == 0);
