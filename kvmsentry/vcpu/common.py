@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,7 @@ class ContextState:
 REGS_SIZE, CALL_SIZE = NREGS * 8, 7 * 8
 
 
-class HostSide:
+class HostSide(ABC):
     """A platform's half that does not depend on what runs the guest. The rest: the C wait, `_explain`,
     `_host_event`."""
 
@@ -69,14 +70,14 @@ class HostSide:
         """The epoll that the platform's wait sleeps on."""
         self._epoll = select.epoll.fromfd(os.dup(epoll))
 
+    @abstractmethod
     def _explain(self, ctx: Any) -> bool:
         """Fills fault_address, error_code and vector in for the event of ctx. False: it was none after all, the context
         has gone on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _host_event(self, i: int) -> int:
         """Ready events << 32 | descriptor of the i-th that the last wait found; 0: there are no more."""
-        raise NotImplementedError
 
     # Contexts.
 
