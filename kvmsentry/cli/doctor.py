@@ -25,6 +25,7 @@ TRAITS: dict[str, tuple[str, dict[bool | str, str]]] = {
     "xsave_size": ("size of that state", {}),
     "max_vcpus": ("vCPUs at most", {}),
     "phys_bits": ("guest-physical addresses", {}),
+    "virtual": ("inside a virtual machine", {True: "small pages first: free huge ones are often the outer host's"}),
     "tsc_khz": ("time stamp counter", {}),
     "ring0_ns_per_100": ("100 ring 0 instructions", {}),
     "entry": ("entry", {"ring0": "the stub in ring 0", "ring3": "the page in ring 3"}),
@@ -98,7 +99,6 @@ def host_facts() -> list[tuple[str, str]]:
     flags = set(_cpu_field("flags").split())
     extension = "VMX" if "vmx" in flags else "SVM" if "svm" in flags else "none shown"
     facts.append(("virtualisation", extension))
-    facts.append(("inside a virtual machine", "yes" if "hypervisor" in flags else "no"))
     return facts
 
 

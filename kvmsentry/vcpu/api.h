@@ -21,6 +21,7 @@ struct ks_traits {
 	int max_vcpus;
 	int immediate_exit;
 	int phys_bits;
+	int virtual;		/* the host is itself a virtual machine (CPUID leaf 1) */
 	int tsc_is_hosts;	/* RDTSC in ring 3 reads the host's counter, once KVM's offset was set to 0 */
 	uint64_t xcr0;
 	uint64_t tsc_khz;

@@ -129,7 +129,7 @@ class Machine(HostSide):
             self.nested: bool = self.traits["paging"] == "nested"
             self.xcr0: int = self.traits["xcr0"]
             self.xsave_size: int = self.traits["xsave_size"]
-            self.memory = GuestMemory(self.traits["phys_bits"] or layout.GPA_BITS)
+            self.memory = GuestMemory(self.traits["phys_bits"] or layout.GPA_BITS, self.traits["virtual"])
             self._make()
         except BaseException:
             self.close()

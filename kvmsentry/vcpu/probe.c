@@ -236,6 +236,8 @@ static int measure(struct probe *p, int kvm)
 	t->max_vcpus = ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_MAX_VCPUS);
 	took = ioctl(p->vcpu, KVM_GET_TSC_KHZ, 0);
 	t->tsc_khz = (int64_t)took > 0 ? took : 0;
+	__cpuid(1, a, b, c, d);
+	t->virtual = c >> 31;
 	/* What XCR0 allows of XSAVE, and how large that is in the standard format (SDM vol. 1, 13.5.2). */
 	t->xcr0 &= KS_XCR0_MASK;
 	if ((t->xcr0 & 0xe0) != 0xe0 || !(t->xcr0 & 4))

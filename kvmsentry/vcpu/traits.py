@@ -17,7 +17,7 @@ from kvmsentry.errors import HostError
 
 from ._kvm import ffi, lib
 
-VERSION = 4  # of the answers: raise it when a question changes
+VERSION = 5  # of the answers: raise it when a question changes
 MEND_NO_DEVICE = (
     "load KVM with 'modprobe kvm_amd' or 'modprobe kvm_intel'; in a virtual machine, enable nested virtualisation"
 )
@@ -82,6 +82,7 @@ def probe(kvm: int) -> dict[str, Any]:
         "max_vcpus": answers.max_vcpus,
         "phys_bits": answers.phys_bits,
         "tsc_khz": answers.tsc_khz,
+        "virtual": bool(answers.virtual),
         "tsc_is_hosts": bool(answers.tsc_is_hosts),
         "ring0_ns_per_100": answers.ring0_ns100,
     }
