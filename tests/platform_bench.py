@@ -31,6 +31,13 @@ SECOND = 1_000_000_000
 HERE = Path(__file__).parent
 
 
+def spin(us: int) -> None:
+    """Lets so many microseconds go by without leaving the processor."""
+    due = time.perf_counter_ns() + us * 1000
+    while time.perf_counter_ns() < due:
+        pass
+
+
 def programs() -> tuple[bytes, dict[str, int]]:
     """platform_programs.S assembled, kept under build/ so that a machine with no assembler (the nested one) finds
     it; {name: offset}."""

@@ -7,7 +7,7 @@ import os
 from cffi import FFI
 
 HERE = os.path.join("kvmsentry", "vcpu")
-SOURCES = ("vm", "runner", "sentry", "spin", "probe", "mem")
+SOURCES = ("vm", "runner", "sentry", "place", "spin", "probe", "mem")
 
 
 def interface() -> str:

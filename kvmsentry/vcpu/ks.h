@@ -11,8 +11,9 @@
  *   KS_EXIT   the runner thread ends
  *
  * GUEST -> TAKEN is a compare-and-swap, so an event is taken once, whatever the application does to its channel.
- * `where` says whether the runner is out of KVM_RUN and sleeps on `owner`. Runner: where = STOPPED, fence, read owner;
- * Sentry: owner = GUEST, fence, read where: one of them sees the other.
+ * `where` says whether the runner is out of KVM_RUN, and stays out until `owner` changes. `asleep` says whether it wants to
+ * be woken then. Runner: asleep = 1, fence, read owner (the futex does); Sentry: owner = GUEST, fence, read asleep: one of
+ * them sees the other.
  */
 #ifndef KVMSENTRY_KS_H
 #define KVMSENTRY_KS_H
@@ -56,6 +57,8 @@ struct ks_vcpu {
 	_Atomic u32 pending;	/* the runner took an event that the Sentry has not seen */
 	_Atomic u32 kick;
 	_Atomic u32 halt;	/* come out of KVM_RUN although TAKEN, and stay */
+	_Atomic u32 asleep;	/* the runner sleeps on `owner`, or is about to: it wants a wake-up */
+	_Atomic u64 answered;	/* when the Sentry last answered a stopped vCPU, in ticks */
 
 	/* Belongs to whoever holds TAKEN. */
 	u64 call[7];		/* EV_SYSCALL: number and arguments, in order */
@@ -80,10 +83,27 @@ struct ks_vcpu {
 	u32 held;		/* stopped in an event that wait returned, or not started */
 	u64 kicked_at;
 
+	/* The runner's. */
+	u32 placed;		/* m->place.number that its thread follows */
+	_Atomic u64 entered;	/* KVM_RUN, in ticks; 0 when it is not there */
+	_Atomic u64 ran;	/* ticks that it spent there before */
+	u64 usual_rest;		/* smoothed ticks that it waits for answers, outside the guest */
+
 	uint8_t *sup;		/* supervisor page */
 	u64 sup_va;
 	u64 exits[KS_NEXITS];	/* the runner's; the Sentry only reads them */
 	uint8_t xsave[4096] __attribute__((aligned(64)));
+};
+
+/* place.c: where the vCPUs' threads may run. The Sentry's, but for `number` and `guests`. */
+struct ks_place {
+	cpu_set_t allowed;	/* the Sentry thread's processors */
+	int kept_off;		/* the processor that guests are kept off, or -1 */
+	u64 moved_at;
+	u64 sample_us;		/* how often is looked whether they starve */
+	u64 sampled_at, sampled_wanted, sampled_got;
+	cpu_set_t guests;	/* written before `number` is raised */
+	_Atomic u32 number;
 };
 
 struct ks_machine {
@@ -106,10 +126,13 @@ struct ks_machine {
 	_Atomic u32 asleep;	/* same as shared->asleep, for the runners */
 	_Atomic u32 woken;
 
+	_Atomic u32 resting;	/* runners that look for an answer instead of sleeping */
+	u64 tick_us;		/* ticks in a microsecond */
+
 	/* The wait's own. */
 	u64 tsc_khz;
 	struct ks_spin spin;
-	cpu_set_t allowed;	/* the Sentry thread's processors */
+	struct ks_place place;
 	u64 polled;		/* when the host's descriptors were last looked at */
 	int nhost, host_due, host_held;
 	struct epoll_event host[KS_MAX_HOST_EVENTS];
@@ -138,6 +161,11 @@ void ks_ring(struct ks_machine *m);
 void ks_take_channel(struct ks_vcpu *v);
 void *ks_runner(void *arg);
 int ks_kick_signal(void);
+void ks_place_init(struct ks_machine *m);	/* `allowed` is set */
+void ks_place(struct ks_machine *m, u64 now);	/* when the Sentry waits and nothing has come for some us */
+int64_t ks_place_patience(struct ks_machine *m);	/* ns after which guests that ask for nothing may run anywhere; -1: for ever */
+void ks_place_anywhere(struct ks_machine *m);
+void ks_place_follow(struct ks_vcpu *v);	/* by the runner */
 struct kvm_segment ks_segment(int selector, int type, int dpl, int code);
 
 #endif

@@ -7,7 +7,7 @@
  *   K2  a kick lands while the guest waits for an answer that is not there yet: run on, the event has come or will
  *   K3  a kick lands after the answer, while the exit path restores registers: the registers are known (they are the
  *       private copy), so the exit path is cut short and EV_KICKED is posted with them
- *   K4  the answer is written while the runner goes to sleep: `where`, a fence, and `owner` looked at again
+ *   K4  the answer is written while the runner goes to sleep: `asleep`, a fence, and `owner` looked at again
  *   K5  the application forges the state word of a channel: GUEST -> TAKEN happens once, and the runner waits for TAKEN
  *       to end before it posts an event of its own
  *   K6  such a forged request makes a context TAKEN while its runner is about to enter the guest: where = RUNNING, a
@@ -29,7 +29,12 @@
 
 #include "stub_blob.h"
 
-enum { NICE_BELOW_SENTRY = 10 };
+enum {
+	NICE_BELOW_SENTRY = 10,
+	REST_US = 400,		/* look for so long before sleeping, */
+	REST_NEAR_US = 200,	/* if the usual rest is below this */
+	REST_CLIP_US = 1000,	/* a rest counts for no more */
+};
 
 int ks_kick_signal(void)
 {
@@ -44,6 +49,42 @@ long ks_futex_wait(_Atomic u32 *word, u32 value)
 void ks_futex_wake(_Atomic u32 *word)
 {
 	syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+}
+
+/*
+ * Out of the guest until `owner` is no longer as it was. First by looking at it again and again, in between letting others have
+ * the processor: where a moment later this vCPU or another goes on here, the processor that fell asleep and had to be woken
+ * would be most of the time. How long waits took lately decides.
+ */
+static void rest(struct ks_vcpu *v, u32 owner)
+{
+	struct ks_machine *m = v->m;
+	u64 start = ks_ticks(), now = start, waited;
+	u64 limit = owner == KS_TAKEN && v->usual_rest < REST_NEAR_US * m->tick_us ? REST_US * m->tick_us : 0;
+
+	if (limit) {
+		if (atomic_fetch_add(&m->resting, 1) >= (u32)m->ncpus)
+			limit = 0;
+		while (now - start < limit && atomic_load(&v->owner) == owner) {
+			for (int i = 0; i < 8 && atomic_load_explicit(&v->owner, memory_order_relaxed) == owner; i++)
+				ks_pause();
+			sched_yield();
+			now = ks_ticks();
+		}
+		atomic_fetch_sub(&m->resting, 1);
+	}
+	while (atomic_load(&v->owner) == owner) {
+		atomic_store(&v->asleep, 1);
+		ks_futex_wait(&v->owner, owner);
+		atomic_store(&v->asleep, 0);
+	}
+	if (owner != KS_TAKEN)
+		return;
+	now = atomic_load(&v->answered);
+	waited = (int64_t)(now - start) > 0 ? now - start : 0;
+	if (waited > REST_CLIP_US * m->tick_us)
+		waited = REST_CLIP_US * m->tick_us;
+	v->usual_rest += (int64_t)(waited - v->usual_rest) / 8;
 }
 
 /* Wakes a Sentry that sleeps; costs a load when it doesn't. Callers have published what it shall find. */
@@ -126,7 +167,7 @@ static int post(struct ks_vcpu *v, u32 event, u32 vector, u64 error, u64 address
 	while (!atomic_compare_exchange_strong(&v->owner, &guest, KS_TAKEN)) {	/* K5 */
 		if (guest != KS_TAKEN)
 			return 0;
-		ks_futex_wait(&v->owner, KS_TAKEN);
+		rest(v, KS_TAKEN);
 		guest = KS_GUEST;
 	}
 	if (r)
@@ -275,7 +316,7 @@ static int on_park(struct ks_vcpu *v)
 		if (owner != KS_GUEST && owner != KS_TAKEN)
 			return 1;
 		if (owner == KS_TAKEN) {
-			ks_futex_wait(&v->owner, KS_TAKEN);
+			rest(v, KS_TAKEN);
 			continue;
 		}
 		if (v->fresh || v->relocate)
@@ -395,8 +436,18 @@ static void run_guest(struct ks_vcpu *v)
 	int stop = 0, again = 0;
 
 	while (!stop) {
-		int rc = ioctl(v->fd, KVM_RUN, 0), error = errno;
+		u64 entered, ran;
+		int rc, error;
 
+		if (v->placed != atomic_load_explicit(&v->m->place.number, memory_order_acquire))
+			ks_place_follow(v);
+		entered = ks_ticks();
+		atomic_store_explicit(&v->entered, entered, memory_order_relaxed);
+		rc = ioctl(v->fd, KVM_RUN, 0);
+		error = errno;
+		atomic_store_explicit(&v->entered, 0, memory_order_relaxed);
+		ran = atomic_load_explicit(&v->ran, memory_order_relaxed) + ks_ticks() - entered;
+		atomic_store_explicit(&v->ran, ran, memory_order_relaxed);
 		run->kvm_dirty_regs = 0;
 		if (rc < 0 && (error == EINTR || error == EAGAIN)) {
 			run->immediate_exit = 0;
@@ -449,7 +500,7 @@ void *ks_runner(void *arg)
 		while ((owner = atomic_load(&v->owner)) != KS_GUEST) {
 			if (owner == KS_EXIT)
 				return NULL;
-			ks_futex_wait(&v->owner, owner);
+			rest(v, owner);
 		}
 		atomic_store(&v->where, KS_RUNNING);
 		if (atomic_load(&v->owner) != KS_GUEST)		/* K6 */

@@ -19,6 +19,7 @@ enum {
 	POLL_US = 50,		/* host descriptors are looked at this often when there is never a reason to sleep */
 	REKICK_US = 2000,
 	SAVE_US = 100,
+	WAITS_US = 5,		/* a request that comes sooner leaves no doubt that its vCPU has a processor */
 };
 
 static u64 ticks_of_us(const struct ks_machine *m, u64 us)
@@ -158,27 +159,11 @@ static int found(const struct ks_vcpu *v)
 	return v->event << 16 | v->id;
 }
 
-/*
- * Away from the processor we are on. A guest that rings the doorbell wakes us where it runs itself, and a scheduler that sees
- * the two take turns has no reason to part them while another processor idles.
- */
-static void move_over(struct ks_machine *m)
-{
-	cpu_set_t others = m->allowed;
-	int here = sched_getcpu();
-
-	if (here < 0 || CPU_COUNT(&others) < 2)
-		return;
-	CPU_CLR(here, &others);
-	if (CPU_COUNT(&others) && !sched_setaffinity(0, sizeof(others), &others))
-		sched_setaffinity(0, sizeof(m->allowed), &m->allowed);
-}
-
 int ks_wait(struct ks_machine *m, int64_t timeout)
 {
 	struct ks_vcpu *v;
 	u64 start, now, spin = 0, end = 0;
-	int n, begins, slept = 0;
+	int n, slept = 0;
 
 	if (m->host_held) {	/* edges that a vCPU's event overtook: epoll tells of them once only */
 		m->host_held = 0;
@@ -203,13 +188,8 @@ int ks_wait(struct ks_machine *m, int64_t timeout)
 	start = now = ks_ticks();
 	if (timeout > 0)
 		end = start + (u64)((unsigned __int128)timeout * m->tsc_khz / 1000000);
-	if (timeout) {
-		spin = ks_spin_limit(&m->spin, m->nrunning, m->ncpus, &begins);
-		if (begins) {
-			move_over(m);
-			start = now = ks_ticks();
-		}
-	}
+	if (timeout)
+		spin = ks_spin_limit(&m->spin, m->nrunning, m->ncpus);
 	for (;;) {
 		if (atomic_load_explicit(&m->woken, memory_order_relaxed)) {
 			atomic_store(&m->woken, 0);
@@ -232,19 +212,26 @@ int ks_wait(struct ks_machine *m, int64_t timeout)
 			}
 			m->count_spins++;
 			now = ks_ticks();
+			if (now - start > WAITS_US * m->tick_us)
+				ks_place(m, now);
 			continue;
 		}
 
+		ks_place(m, now);
 		m->shared->asleep = 1;
 		atomic_store(&m->asleep, 1);	/* seq_cst: the guests' and runners' view before the last look */
 		v = scan(m);
 		if (!v && !atomic_load(&m->woken)) {
-			int64_t ns = -1;
+			int64_t ns = -1, patience = ks_place_patience(m);
 
 			if (timeout > 0)
 				ns = (u64)((unsigned __int128)(end - now) * 1000000 / m->tsc_khz) + 1;
 			if (m->nkicked && (ns < 0 || ns > REKICK_US * 1000))
 				ns = REKICK_US * 1000;
+			if (patience >= 0 && slept)
+				ks_place_anywhere(m);	/* they all compute */
+			else if (patience >= 0 && (ns < 0 || ns > patience))
+				ns = patience;
 			m->count_sleeps++;
 			slept = 1;
 			n = look_at_host(m, ns);
@@ -270,8 +257,10 @@ out:
 static void hand_over(struct ks_vcpu *v)
 {
 	v->held = 0;
-	atomic_store(&v->owner, KS_GUEST);	/* seq_cst, before `where` is read (K4) */
-	if (atomic_load(&v->where) == KS_STOPPED)
+	if (atomic_load_explicit(&v->where, memory_order_relaxed) == KS_STOPPED)
+		atomic_store_explicit(&v->answered, ks_ticks(), memory_order_relaxed);
+	atomic_store(&v->owner, KS_GUEST);	/* seq_cst, before `asleep` is read (K4) */
+	if (atomic_load(&v->asleep))
 		ks_futex_wake(&v->owner);
 	if (v->running < 0)
 		list_add(v);

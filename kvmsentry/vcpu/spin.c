@@ -31,11 +31,10 @@ static int trial_is_due(struct ks_spin *s)
 	return s->way == KS_SLEEPS || s->cost[KS_SPINS] > WAKE_US * s->us;
 }
 
-uint64_t ks_spin_limit(struct ks_spin *s, uint32_t guests, uint32_t processors, int *begins)
+uint64_t ks_spin_limit(struct ks_spin *s, uint32_t guests, uint32_t processors)
 {
 	uint64_t limit;
 
-	*begins = 0;
 	if (!guests)
 		return 0;
 	if (guests < processors)
@@ -47,11 +46,15 @@ uint64_t ks_spin_limit(struct ks_spin *s, uint32_t guests, uint32_t processors, 
 	if (!s->trial_left && trial_is_due(s)) {
 		s->trial_left = TRIAL + 1;	/* the first, which the change itself disturbs, is not counted */
 		s->trial_sum = s->trial_done = 0;
-		*begins = way_now(s) == KS_SPINS;
 	}
 	if (way_now(s) == KS_SLEEPS)
 		return 0;
 	return s->trial_left ? BUSY_US * s->us : limit;
+}
+
+void ks_spin_again(struct ks_spin *s)
+{
+	s->trial_gap = TRIAL_GAP;
 }
 
 static void end_trial(struct ks_spin *s)

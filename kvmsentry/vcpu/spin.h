@@ -31,10 +31,12 @@ struct ks_spin {
 void ks_spin_init(struct ks_spin *s, uint64_t ticks_a_us);
 
 /*
- * Before a wait: ticks to spin for, 0 to sleep at once. `guests` may run at this moment, on `processors`. *begins is set to 1
- * if this wait is the first of a trial of spinning: then the caller had better leave the guest's processor first.
+ * Before a wait: ticks to spin for, 0 to sleep at once. `guests` may run at this moment, on `processors`.
  */
-uint64_t ks_spin_limit(struct ks_spin *s, uint32_t guests, uint32_t processors, int *begins);
+uint64_t ks_spin_limit(struct ks_spin *s, uint32_t guests, uint32_t processors);
+
+/* Threads were moved to other processors: what was found may no longer be so, and the next trial comes soon. */
+void ks_spin_again(struct ks_spin *s);
 
 /* After a wait that ended with a request: it took so many ticks. */
 void ks_spin_learn(struct ks_spin *s, uint64_t ticks);

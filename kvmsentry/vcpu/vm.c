@@ -279,7 +279,7 @@ int ks_machine_new(int kvm, int ring0, uint64_t xcr0, void *mem, struct ks_machi
 	m->mem = mem;
 	m->have_pwait2 = 1;
 	m->mxcsr_mask = read_mxcsr_mask();
-	m->ncpus = sched_getaffinity(0, sizeof(m->allowed), &m->allowed) ? 1 : CPU_COUNT(&m->allowed);
+	m->ncpus = sched_getaffinity(0, sizeof(m->place.allowed), &m->place.allowed) ? 1 : CPU_COUNT(&m->place.allowed);
 	m->vm = ioctl(kvm, KVM_CREATE_VM, 0);
 	if ((rc = check(m->vm, "KVM_CREATE_VM", failed)))
 		return rc;
@@ -319,7 +319,9 @@ int ks_machine_new(int kvm, int ring0, uint64_t xcr0, void *mem, struct ks_machi
 	rc = ioctl(m->service->fd, KVM_GET_TSC_KHZ, 0);
 	m->tsc_khz = rc > 0 ? rc : 1000000;
 	m->shared->spins = 20000;
-	ks_spin_init(&m->spin, m->tsc_khz / 1000);
+	m->tick_us = m->tsc_khz >= 1000 ? m->tsc_khz / 1000 : 1;
+	ks_place_init(m);
+	ks_spin_init(&m->spin, m->tick_us);
 	return 0;
 }
 
@@ -335,7 +337,7 @@ void ks_machine_free(struct ks_machine *m)
 			atomic_compare_exchange_strong(&v->owner, &guest, KS_TAKEN);
 			ks_halt(v);
 			atomic_store(&v->owner, KS_EXIT);
-			ks_futex_wake(&v->owner);
+			ks_futex_wake(&v->owner);	/* it may sleep, whatever `asleep` says by now */
 			pthread_join(v->thread, NULL);
 		}
 		if (v->run)

@@ -47,11 +47,10 @@ class World:
         self, waits: int, gap: Callable[[], float], shared: bool, guests: int = 1, processors: int = 2
     ) -> tuple[float, float]:
         """(mean wait, share of the waits that spun). `shared`: guest and Sentry have one processor, so that the guest
-        runs only while the Sentry sleeps, unless others leave room when the Sentry moves away."""
+        runs only while the Sentry sleeps."""
         total = spun = 0.0
-        begins = ctypes.c_int()
         for _ in range(waits):
-            limit = self.policy.ks_spin_limit(ctypes.byref(self.state), guests, processors, ctypes.byref(begins))
+            limit = self.policy.ks_spin_limit(ctypes.byref(self.state), guests, processors)
             work = gap()
             wake = WAKE_SAME if shared else WAKE_OTHER
             if shared:
