@@ -58,6 +58,7 @@ RWF_HIPRI, RWF_DSYNC, RWF_SYNC, RWF_NOWAIT, RWF_APPEND, RWF_NOAPPEND = 1, 2, 4, 
 EAGAIN, EPIPE = -errno.EAGAIN, -errno.EPIPE
 Fetch = Callable[[int], list[memoryview]]  # bytes already done -> views of what is left
 _two_ints = struct.Struct("<ii")
+_iovec = struct.Struct("<QQ")
 
 
 # -- read ------------------------------------------------------------------------------------------------------------
@@ -383,18 +384,19 @@ def fetch_iov(task: Task, vec: int, count: int) -> tuple[list[tuple[int, int]], 
         raise Errno(errno.EINVAL)
     if not count:
         return [], 0
-    words = memoryview(task.mm.read(vec, 16 * count)).cast("Q")
     total = 0
     iov = []
-    for index in range(0, 2 * count, 2):
-        base, length = words[index], words[index + 1]
+    for base, length in _iovec.iter_unpack(task.mm.read(vec, 16 * count)):
         if length > SSIZE_MAX:
             raise Errno(errno.EINVAL)
-        if length and base + length > USER_TOP:
-            raise Errno(errno.EFAULT)
-        length = min(length, MAX_RW_COUNT - total)
-        total += length
         if length:
+            if base + length > USER_TOP:
+                raise Errno(errno.EFAULT)
+            if length > MAX_RW_COUNT - total:
+                length = MAX_RW_COUNT - total
+                if not length:
+                    continue
+            total += length
             iov.append((base, length))
     return iov, total
 
@@ -440,6 +442,16 @@ def writev(task: Task, fd: Fd, vec: UserPtr, count: Size) -> Any:
     """writev(2)."""
     file = writable(task.files.files.get(fd))
     iov, total = fetch_iov(task, vec, count)
+    if not file.seekable and 0 < total <= BIG and not file.flags & TASK_IO:
+        try:
+            n = file.write(iov_views(task, iov, False))
+        except Errno as error:
+            return write_failed(task, error)
+        if n == total:
+            if WATCHES:
+                modified(file)
+            return n
+        return _write_rest(task, file, lambda done: iov_views(task, iov, False, done), total, n)
     return _writev(task, file, iov, total)
 
 

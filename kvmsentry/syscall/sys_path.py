@@ -96,12 +96,12 @@ def place_at(task: Task, dirfd: int, path: bytes, follow: bool, empty: bool = Fa
 
 def inode_at(task: Task, dirfd: int, pathname: int, flags: int) -> tuple[Inode, vfs.Path | None]:
     """For calls that look: the inode, and its place where it has one."""
-    path = b"" if flags & AT_EMPTY_PATH and not pathname else task.mm.read_cstring(pathname, PATH_MAX)
-    if not path and flags & AT_EMPTY_PATH:
+    if flags & AT_EMPTY_PATH and (not pathname or task.mm.read(pathname, 1) == b"\0"):  # fstat(2) of most libraries
         if dirfd == AT_FDCWD:
             return task.fs.cwd.inode, task.fs.cwd
         file = task.files.get(dirfd)
         return file.inode, file.path
+    path = task.mm.read_cstring(pathname, PATH_MAX)
     place = walk(task, path, start_of(task, dirfd, path), 0 if flags & AT_SYMLINK_NOFOLLOW else FOLLOW)
     return place.inode, place
 
