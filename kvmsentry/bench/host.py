@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvmsentry import __version__
+from kvmsentry.cpuinfo import cpu_field
 
 KINDS = {"kvm_pvm": "PVM: neither VMX nor SVM", "kvm_amd": "AMD SVM", "kvm_intel": "Intel VMX"}
 
@@ -17,10 +18,10 @@ def describe() -> dict[str, Any]:
     """Facts of the machine, as words for people."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     facts = {
-        "processor": _field("model name") or platform.machine(),
+        "processor": cpu_field("model name") or platform.machine(),
         "processors": len(os.sched_getaffinity(0)),
         "memory": f"{total / 2**30:.0f} GiB",
-        "virtual": "hypervisor" in _field("flags").split(),
+        "virtual": "hypervisor" in cpu_field("flags").split(),
         "kernel": platform.release(),
         "kvm": kvm_kind(),
         "python": platform.python_version(),
@@ -65,17 +66,6 @@ def _traits() -> dict[str, Any]:
     except HostError as error:
         return {"kvm_refused": str(error)}
     return {name: found[name] for name in ("entry", "paging") if name in found}
-
-
-def _field(name: str) -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.startswith(name):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return ""
 
 
 def _ticks() -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from kvmsentry.cpuinfo import cpu_field
 from kvmsentry.errors import HostError
 
 DEVICE = "/dev/kvm"
@@ -93,10 +94,10 @@ def host_facts() -> list[tuple[str, str]]:
     facts = [
         ("machine", platform.machine()),
         ("host kernel", platform.release()),
-        ("processor", _cpu_field("model name") or "unknown"),
+        ("processor", cpu_field("model name") or "unknown"),
         ("processors", str(len(os.sched_getaffinity(0)))),
     ]
-    flags = set(_cpu_field("flags").split())
+    flags = set(cpu_field("flags").split())
     extension = "VMX" if "vmx" in flags else "SVM" if "svm" in flags else "none shown"
     facts.append(("virtualisation", extension))
     return facts
@@ -109,7 +110,7 @@ def device_fault() -> str:
     try:
         os.close(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:
-        flags = set(_cpu_field("flags").split())
+        flags = set(cpu_field("flags").split())
         if flags & {"vmx", "svm"}:
             module = "kvm_intel" if "vmx" in flags else "kvm_amd"
             return f"{DEVICE} is missing (load the module: modprobe {module})"
@@ -132,17 +133,6 @@ def measured_traits() -> dict[str, Any]:
         return dict(traits.traits(kvm, fresh=True))
     finally:
         os.close(kvm)
-
-
-def _cpu_field(name: str) -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.startswith(name):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return ""
 
 
 def _line(name: str, value: str, remark: str = "") -> None:

@@ -78,40 +78,40 @@ def from_kernel(mapping: Map | None, number: int) -> int:
     return INVALID
 
 
-def kuid(creds: Credentials, uid: int) -> int:
-    """A uid that the application passed; EINVAL when it means nobody in its namespace. -1 is passed on."""
-    if creds.user_ns is ROOT or uid == INVALID:
-        return uid
-    found = to_kernel(creds.user_ns.uid_map, uid)
+def _to_kernel(creds: Credentials, table: Map | None, number: int) -> int:
+    if creds.user_ns is ROOT or number == INVALID:
+        return number
+    found = to_kernel(table, number)
     if found == INVALID:
         raise Errno(errno.EINVAL)
     return found
+
+
+def kuid(creds: Credentials, uid: int) -> int:
+    """A uid that the application passed; EINVAL when it means nobody in its namespace. -1 is passed on."""
+    return _to_kernel(creds, creds.user_ns.uid_map, uid)
 
 
 def kgid(creds: Credentials, gid: int) -> int:
     """As `kuid`."""
-    if creds.user_ns is ROOT or gid == INVALID:
-        return gid
-    found = to_kernel(creds.user_ns.gid_map, gid)
-    if found == INVALID:
-        raise Errno(errno.EINVAL)
-    return found
+    return _to_kernel(creds, creds.user_ns.gid_map, gid)
+
+
+def _shown(ns: UserNamespace, table: Map | None, number: int) -> int:
+    if ns is ROOT:
+        return number
+    found = from_kernel(table, number)
+    return OVERFLOW if found == INVALID else found
 
 
 def shown_uid(ns: UserNamespace, uid: int) -> int:
     """What a kernel uid is called in `ns`: 65534 when it has no name there (from_kuid_munged)."""
-    if ns is ROOT:
-        return uid
-    found = from_kernel(ns.uid_map, uid)
-    return OVERFLOW if found == INVALID else found
+    return _shown(ns, ns.uid_map, uid)
 
 
 def shown_gid(ns: UserNamespace, gid: int) -> int:
     """As `shown_uid`."""
-    if ns is ROOT:
-        return gid
-    found = from_kernel(ns.gid_map, gid)
-    return OVERFLOW if found == INVALID else found
+    return _shown(ns, ns.gid_map, gid)
 
 
 def root_uid(ns: UserNamespace) -> int:

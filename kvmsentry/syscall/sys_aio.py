@@ -11,7 +11,7 @@ from kvmsentry.errors import Errno
 from kvmsentry.fs.eventfd import EventFile
 from kvmsentry.fs.inotify import accessed, modified
 from kvmsentry.fs.vfs import O_APPEND, TASK_IO, WATCHES, File
-from kvmsentry.kernel import aio, signals
+from kvmsentry.kernel import aio
 from kvmsentry.kernel.aio import EVENT, Context, PollRequest, charge, contexts
 from kvmsentry.kernel.task import Task
 from kvmsentry.kernel.traps import ERESTARTNOHAND, RESTART_CODES, park
@@ -31,6 +31,7 @@ from kvmsentry.syscall.sys_io import (
     writable,
     write_views,
 )
+from kvmsentry.syscall.sys_poll import under_mask
 from kvmsentry.syscall.table import Long, UInt, ULong, UserPtr, syscall
 
 # struct iocb: data, key, rw_flags, opcode, reqprio, fildes, buf, nbytes, offset, reserved2, flags, resfd
@@ -310,26 +311,6 @@ def io_pgetevents(
             mask = task.mm.read_u64(pointer)
     if mask is None:
         return _getevents(task, ctx, min_nr, nr, events, timeout)
-    signals.set_user_mask(task, mask)
-    try:
-        result = _getevents(task, ctx, min_nr, nr, events, timeout)
-    except Errno:
-        signals.restore_mask(task)
-        raise
-    if result.__class__ is not int:
-        return _masked(task, result)
-    signals.restore_mask(task)
-    return result
-
-
-async def _masked(task: Task, work: Any) -> int:
-    """A signal's handler runs under the mask, then the old one comes back; the call starts anew where none ran."""
-    try:
-        result: int = await work
-    except Errno as error:
-        if error.errno == errno.EINTR:
-            raise Errno(ERESTARTNOHAND) from None
-        signals.restore_mask(task)
-        raise
-    signals.restore_mask(task)
-    return result
+    return under_mask(
+        task, mask, lambda: _getevents(task, ctx, min_nr, nr, events, timeout), interrupted=ERESTARTNOHAND
+    )

@@ -417,24 +417,31 @@ def epoll_pwait2(task: Task, epfd: Fd, events: UserPtr, limit: Int, timeout: Use
 def _epoll_pwait(task: Task, epfd: int, events: int, limit: int, timeout: int | None, mask: int | None) -> Any:
     if mask is None:
         return _epoll_wait(task, epfd, events, limit, timeout)
+    return under_mask(task, mask, lambda: _epoll_wait(task, epfd, events, limit, timeout))
+
+
+def under_mask(task: Task, mask: int, call: Callable[[], Any], interrupted: int = errno.EINTR) -> Any:
+    """`call()` with the signal mask `mask` for its duration. Where it says EINTR, a handler runs under that mask before
+    the old one comes back; `interrupted` is what the application is told then (an errno, or how to restart)."""
     signals.set_user_mask(task, mask)
     try:
-        result = _epoll_wait(task, epfd, events, limit, timeout)
+        result = call()
     except Errno:
         signals.restore_mask(task)
         raise
     if result.__class__ is not int:
-        return _masked(task, result)
+        return _wait_under_mask(task, result, interrupted)
     signals.restore_mask(task)
     return result
 
 
-async def _masked(task: Task, call: Any) -> int:
+async def _wait_under_mask(task: Task, call: Any, interrupted: int) -> int:
     try:
         result: int = await call
     except Errno as error:
-        if error.errno != errno.EINTR:
-            signals.restore_mask(task)
+        if error.errno == errno.EINTR:
+            raise Errno(interrupted) from None
+        signals.restore_mask(task)
         raise
     signals.restore_mask(task)
     return result
