@@ -78,7 +78,7 @@ static void move_over(const struct ks_place *p)
 	cpu_set_t others = p->allowed;
 
 	CPU_CLR(sched_getcpu(), &others);
-	if (!sched_setaffinity(0, sizeof(others), &others))
+	if (CPU_COUNT(&others) && !sched_setaffinity(0, sizeof(others), &others))
 		sched_setaffinity(0, sizeof(p->allowed), &p->allowed);
 }
 
@@ -97,7 +97,7 @@ void ks_place(struct ks_machine *m, u64 now)
 	}
 	crowded = m->nrunning >= (u32)m->ncpus && m->spin.gap > APART_US * m->tick_us;
 	here = sched_getcpu();
-	if (p->kept_off != (crowded ? -1 : here) && now - p->moved_at > MOVE_US * m->tick_us)
+	if (here >= 0 && p->kept_off != (crowded ? -1 : here) && now - p->moved_at > MOVE_US * m->tick_us)
 		move(m, !crowded, here);
 }
 
