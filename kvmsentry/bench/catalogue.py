@@ -33,6 +33,7 @@ class Benchmark:
     argv: tuple[str, ...] = ()
     needs: tuple[str, ...] = field(default=())
     limit: float = 60.0  # seconds for one run
+    prints: bool = False  # `argv` prints its figure itself, as programs of ours do
 
     def missing(self) -> str:
         """What it needs and is not installed, "" when all is there."""
@@ -93,6 +94,10 @@ def _workloads() -> list[Benchmark]:
     def timed(name: str, what: str, *argv: str, needs: tuple[str, ...] = ()) -> Benchmark:
         return Benchmark(name, "workloads", "ms", what, "", argv, needs or (argv[0],))
 
+    def served(name: str, what: str, *needs: str) -> Benchmark:
+        argv = ("sh", "{data}/servers.sh", name, "{port}", "{scratch}")
+        return Benchmark(name, "workloads", "µs", what, "", argv, needs, prints=True)
+
     return [
         timed("true", "/bin/true, from shell to shell: a sandbox's whole life", "/bin/true"),
         timed("python", "python3 starts and prints", "python3", "-c", "print(1)"),
@@ -111,6 +116,10 @@ def _workloads() -> list[Benchmark]:
         Benchmark("nginx", "workloads", "µs", "a file from nginx over HTTP, 8 connections kept open over loopback",
                   "serve", ("nginx", "http", "{port}", "8", "1000", "--", "sh", "-c", NGINX_START, NGINX_CONF),
                   ("nginx",)),
+        served("redis-50", "a redis request (mean of SET and GET), redis-benchmark with 50 connections", "redis-server",
+               "redis-benchmark"),
+        served("redis-pipe", "the same, 16 requests in a pipeline", "redis-server", "redis-benchmark"),
+        served("nginx-wrk", "a page from nginx, wrk with 50 connections for a second", "nginx", "wrk"),
     ]  # fmt: skip
 
 

@@ -191,7 +191,7 @@ class Session:
         failure = outcome.failure(limit)
         if log:
             self._keep_counters(first, place, log)
-        if not first.program:
+        if not first.program and not first.prints:
             if failure:
                 self._fail(first, place, failure)
             elif number:
