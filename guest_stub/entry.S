@@ -100,8 +100,16 @@ u_answered:			/* the runner starts and resumes vCPUs here as well: only GS base 
 	jecxz u_continue
 	lea -KS_CMD_SAVE(%rcx), %ecx
 	jecxz 1f
+	lea (KS_CMD_SAVE - KS_CMD_GOTO)(%rcx), %ecx
+	jecxz u_goto
 	jmp u_reload
 1:	jmp u_save
+
+u_goto:				/* this thread is saved; the answer in the other's channel loads all there is */
+	mov CH(TARGET), %rcx
+	movl $KS_ST_GONE, CH(STATE)
+	wrgsbase %rcx
+	jmp u_answered
 
 u_continue:
 	mov CH(RESULT), %rax

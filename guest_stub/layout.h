@@ -22,7 +22,9 @@ struct ks_channel {
 	uint64_t error;
 	uint64_t cr2;
 	uint32_t xflag;
-	uint32_t pad0[5];
+	uint32_t pad0;
+	uint64_t target;
+	uint64_t pad3;
 	uint64_t regs[KS_NREGS];
 	uint64_t pad1[4];
 	uint64_t frame[5];
@@ -45,6 +47,7 @@ KS_PIN(ks_channel, vector, KS_CH_VECTOR);
 KS_PIN(ks_channel, error, KS_CH_ERROR);
 KS_PIN(ks_channel, cr2, KS_CH_CR2);
 KS_PIN(ks_channel, xflag, KS_CH_XFLAG);
+KS_PIN(ks_channel, target, KS_CH_TARGET);
 KS_PIN(ks_channel, regs, KS_CH_REGS);
 KS_PIN(ks_channel, frame, KS_CH_FRAME);
 KS_PIN(ks_channel, xsave, KS_CH_XSAVE);

@@ -12,8 +12,9 @@
  *
  * GUEST -> TAKEN is a compare-and-swap, so an event is taken once, whatever the application does to its channel.
  * `where` says whether the runner is out of KVM_RUN, and stays out until `owner` changes. `asleep` says whether it wants to
- * be woken then. Runner: asleep = 1, fence, read owner (the futex does); Sentry: owner = GUEST, fence, read asleep: one of
- * them sees the other.
+ * be woken then. Runner: asleep = 1, fence, read owner; Sentry: owner = GUEST, fence, read asleep: one of them sees the other.
+ *
+ * Contexts and runners are pairs. Two contexts of one address space may trade places (trade_seats in sentry.c).
  */
 #ifndef KVMSENTRY_KS_H
 #define KVMSENTRY_KS_H
@@ -43,22 +44,44 @@ enum { KS_MAX_HOST_EVENTS = 32 };
 
 struct ks_machine;
 
-struct ks_vcpu {
+struct ks_vcpu;
+
+/* A vCPU of KVM's and the thread that runs it. */
+struct ks_runner {
 	struct ks_machine *m;
-	u32 id;
 	int fd;
 	struct kvm_run *run;
 	pthread_t thread;
 	int tid;
 
 	/* Shared between the Sentry thread and the runner. */
-	_Atomic u32 owner;	/* futex word of the runner */
+	struct ks_vcpu *_Atomic seat;	/* the context that it serves; changed by the Sentry only (trade_seats) */
 	_Atomic u32 where;
+	_Atomic u32 halt;	/* come out of KVM_RUN although the context is TAKEN, and stay */
+	_Atomic u32 asleep;	/* it sleeps on `bell`, or is about to: it wants a wake-up */
+	_Atomic u32 bell;	/* futex word */
+	_Atomic u64 answered;	/* when the Sentry last answered it while it was stopped, in ticks */
+	_Atomic u64 entered;	/* KVM_RUN, in ticks; 0 when it is not there */
+	_Atomic u64 ran;	/* ticks that it spent there before */
+
+	/* The runner's. */
+	u64 usual_rest;		/* smoothed ticks that it waits for answers, outside the guest */
+	u32 placed;		/* m->place.number that its thread follows */
+	u64 exits[KS_NEXITS];	/* the Sentry only reads them */
+	uint8_t *sup;		/* supervisor page */
+	u64 sup_va;
+};
+
+/* A context: one guest thread's processor, on a runner of its own. */
+struct ks_vcpu {
+	struct ks_machine *m;
+	u32 id;
+	struct ks_runner *on;	/* the Sentry's: on->seat is this context */
+
+	/* Shared between the Sentry thread and the runner. */
+	_Atomic u32 owner;
 	_Atomic u32 pending;	/* the runner took an event that the Sentry has not seen */
 	_Atomic u32 kick;
-	_Atomic u32 halt;	/* come out of KVM_RUN although TAKEN, and stay */
-	_Atomic u32 asleep;	/* the runner sleeps on `owner`, or is about to: it wants a wake-up */
-	_Atomic u64 answered;	/* when the Sentry last answered a stopped vCPU, in ticks */
 
 	/* Belongs to whoever holds TAKEN. */
 	u64 call[7];		/* EV_SYSCALL: number and arguments, in order */
@@ -82,16 +105,12 @@ struct ks_vcpu {
 	int running;		/* index in the list of contexts that can produce events, or -1 */
 	u32 held;		/* stopped in an event that wait returned, or not started */
 	u64 kicked_at;
+	u32 portable;		/* parked, and regs[] and xsave[] are all of it: it can go on on another runner */
+	u32 hot;		/* how many parks yet are made portable, for it lately could have gone on in another's place */
+	struct ks_vcpu *successor;	/* who was given its runner; NULL again once an event of that one came */
+	struct ks_vcpu *predecessor;	/* the same, the other way round */
+	u64 cpu_offset;		/* ns: processor time on other runners than this one, less what others had on this one */
 
-	/* The runner's. */
-	u32 placed;		/* m->place.number that its thread follows */
-	_Atomic u64 entered;	/* KVM_RUN, in ticks; 0 when it is not there */
-	_Atomic u64 ran;	/* ticks that it spent there before */
-	u64 usual_rest;		/* smoothed ticks that it waits for answers, outside the guest */
-
-	uint8_t *sup;		/* supervisor page */
-	u64 sup_va;
-	u64 exits[KS_NEXITS];	/* the runner's; the Sentry only reads them */
 	uint8_t xsave[4096] __attribute__((aligned(64)));
 };
 
@@ -121,6 +140,9 @@ struct ks_machine {
 	u32 nvcpus;
 	struct ks_vcpu *vcpus[KS_MAX_VCPUS + 1];
 	u32 nrunning, next;
+	struct ks_vcpu *waiting;	/* answered last while its runner was out of the guest */
+	struct ks_vcpu *due;	/* answered, and its runner sleeps: to be woken soon, if nobody makes room for it */
+	u64 due_at;
 	struct ks_vcpu *running[KS_MAX_VCPUS];
 	u32 nkicked;
 	_Atomic u32 asleep;	/* same as shared->asleep, for the runners */
@@ -136,7 +158,7 @@ struct ks_machine {
 	u64 polled;		/* when the host's descriptors were last looked at */
 	int nhost, host_due, host_held;
 	struct epoll_event host[KS_MAX_HOST_EVENTS];
-	u64 count_sleeps, count_spins, count_events, count_doorbells, count_services;
+	u64 count_sleeps, count_spins, count_events, count_doorbells, count_services, count_trades;
 
 	struct ks_vcpu *service;
 };
@@ -161,11 +183,12 @@ void ks_ring(struct ks_machine *m);
 void ks_take_channel(struct ks_vcpu *v);
 void *ks_runner(void *arg);
 int ks_kick_signal(void);
+u64 ks_runner_ns(const struct ks_runner *r);	/* processor time of its thread; 0 when the host does not tell */
 void ks_place_init(struct ks_machine *m);	/* `allowed` is set */
 void ks_place(struct ks_machine *m, u64 now);	/* when the Sentry waits and nothing has come for some us */
 int64_t ks_place_patience(struct ks_machine *m);	/* ns after which guests that ask for nothing may run anywhere; -1: for ever */
 void ks_place_anywhere(struct ks_machine *m);
-void ks_place_follow(struct ks_vcpu *v);	/* by the runner */
+void ks_place_follow(struct ks_runner *r);	/* by the runner */
 struct kvm_segment ks_segment(int selector, int type, int dpl, int code);
 
 #endif

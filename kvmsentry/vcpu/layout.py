@@ -116,19 +116,22 @@ CH_VECTOR = 0x14  # u32, ditto
 CH_ERROR = 0x18
 CH_CR2 = 0x20
 CH_XFLAG = 0x28  # u32: RELOAD also loads the XSAVE area
+CH_TARGET = 0x30  # address of a channel, for GOTO
 CH_REGS = 0x40  # NREGS words
 CH_FRAME = 0x100  # what RELOAD's iretq pops: RIP CS RFLAGS RSP SS
 CH_XSAVE = 0x200
 CH_XSAVE_ROOM = 0x1000 - 0x200
 
-# Channel states: the guest only ever writes REQUEST, the Sentry the others.
+# Channel states: the guest only ever writes REQUEST and GONE, the Sentry the others.
 ST_ANSWERED = 0
 ST_REQUEST = 1
 ST_LEAVE = 2  # taken, and the answer will take a while: leave the processor
+ST_GONE = 3  # GOTO was read
 
 CMD_CONTINUE = 0
 CMD_RELOAD = 1
 CMD_SAVE = 2
+CMD_GOTO = 3  # go on with the channel at `target`, whose answer is a RELOAD: as another thread. Ring 3 entry only
 
 # The shared page.
 SH_ASLEEP = 0x00  # u32: the Sentry sleeps, ring the doorbell

@@ -158,13 +158,14 @@ class Machine(HostSide):
 
     @property
     def counters(self) -> dict[str, int]:
-        """Events and sleeps of the wait, spins, doorbell rings, vCPUs made, runs of the service vCPU (invalidations);
+        """Events and sleeps of the wait, spins, doorbell rings, vCPUs made, runs of the service vCPU (invalidations),
         the vCPUs' exits, and as exit_park, exit_fault, ... how many for which reason (layout.EXIT_*)."""
         names = ("events", "sleeps", "spins", "doorbells", "vcpus", "services")
         counts = {name: lib.ks_counter(self._m, i) for i, name in enumerate(names)}
         vcpus = self._vcpus.values()
         exits = {f"exit_{n}": sum(lib.ks_vcpu_counter(v, i) for v in vcpus) for i, n in enumerate(EXIT_NAMES)}
-        return {**counts, "exits": sum(exits.values()), **exits}
+        trades = lib.ks_counter(self._m, 7)
+        return {**counts, "trades": trades, "exits": sum(exits.values()), **exits}
 
     def kernel_pml4_entries(self) -> dict[int, int]:
         """{index: entry} that every PML4 must hold: the linear map and the stub, ring 0 only."""

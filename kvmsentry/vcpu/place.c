@@ -11,8 +11,6 @@
  */
 #include "ks.h"
 
-#include "api.h"
-
 enum {
 	MOVE_US = 2000,		/* threads are not moved more often */
 	APART_US = 80,		/* as many guests as processors: they make room if requests come closer than this */
@@ -37,8 +35,8 @@ static void move(struct ks_machine *m, int apart, int here)
 	ks_spin_again(&m->spin);
 	atomic_fetch_add(&p->number, 1);	/* runners that are out of the guest follow by themselves */
 	for (u32 i = 0; i < m->nrunning; i++)
-		if (atomic_load(&m->running[i]->where) == KS_RUNNING)
-			sched_setaffinity(m->running[i]->tid, sizeof(set), &set);
+		if (atomic_load(&m->running[i]->on->where) == KS_RUNNING)
+			sched_setaffinity(m->running[i]->on->tid, sizeof(set), &set);
 }
 
 /* Whether guests had too little of the time that they spent in KVM_RUN since the last sample. */
@@ -50,11 +48,11 @@ static int starved(struct ks_machine *m, u64 now)
 	if (elapsed < p->sample_us * m->tick_us || m->nvcpus > MANY)
 		return 0;
 	for (u32 i = 1; i < m->nvcpus; i++) {
-		struct ks_vcpu *v = m->vcpus[i];
-		u64 entered = atomic_load(&v->entered);
+		struct ks_runner *r = m->vcpus[i]->on;
+		u64 entered = atomic_load(&r->entered);
 
-		got += ks_cpu_ns(v);
-		wanted += atomic_load(&v->ran) + (entered && now > entered ? now - entered : 0);
+		got += ks_runner_ns(r);
+		wanted += atomic_load(&r->ran) + (entered && now > entered ? now - entered : 0);
 	}
 	ns_got = got - p->sampled_got;
 	ns_wanted = (int64_t)(wanted - p->sampled_wanted) > 0 ? wanted - p->sampled_wanted : 0;
@@ -111,13 +109,13 @@ void ks_place_anywhere(struct ks_machine *m)
 	move(m, 0, 0);
 }
 
-void ks_place_follow(struct ks_vcpu *v)
+void ks_place_follow(struct ks_runner *r)
 {
-	struct ks_place *p = &v->m->place;
+	struct ks_place *p = &r->m->place;
 	cpu_set_t set;
 
 	/* If the Sentry is writing the set just now, the number changes after that and this comes again. */
-	v->placed = atomic_load(&p->number);
+	r->placed = atomic_load(&p->number);
 	set = p->guests;
 	sched_setaffinity(0, sizeof(set), &set);
 }

@@ -14,6 +14,8 @@
  *       fence, and `owner` looked at again, so that ks_halt never believes a vCPU stopped that runs
  *   K7  a request is taken and answered by the Sentry while the runner, going to sleep, is about to take it: `owner` is
  *       GUEST both times, so the state is looked at once more after GUEST -> TAKEN
+ *   K8  two contexts trade runners while one of these, stopped, looks whether its context may go on: where = RUNNING, a
+ *       fence, and `seat` looked at again after `owner`. A runner reads `seat` anew after every wait
  */
 #include "ks.h"
 
@@ -51,21 +53,26 @@ void ks_futex_wake(_Atomic u32 *word)
 	syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 }
 
+static int same(struct ks_runner *r, struct ks_vcpu *v, u32 owner)
+{
+	return atomic_load(&v->owner) == owner && atomic_load(&r->seat) == v;
+}
+
 /*
- * Out of the guest until `owner` is no longer as it was. First by looking at it again and again, in between letting others have
+ * Out of the guest until `owner` is no longer as it was, or another context has the seat. First by looking at it again and again, in between letting others have
  * the processor: where a moment later this vCPU or another goes on here, the processor that fell asleep and had to be woken
  * would be most of the time. How long waits took lately decides.
  */
-static void rest(struct ks_vcpu *v, u32 owner)
+static void rest(struct ks_runner *r, struct ks_vcpu *v, u32 owner)
 {
-	struct ks_machine *m = v->m;
+	struct ks_machine *m = r->m;
 	u64 start = ks_ticks(), now = start, waited;
-	u64 limit = owner == KS_TAKEN && v->usual_rest < REST_NEAR_US * m->tick_us ? REST_US * m->tick_us : 0;
+	u64 limit = owner == KS_TAKEN && r->usual_rest < REST_NEAR_US * m->tick_us ? REST_US * m->tick_us : 0;
 
 	if (limit) {
 		if (atomic_fetch_add(&m->resting, 1) >= (u32)m->ncpus)
 			limit = 0;
-		while (now - start < limit && atomic_load(&v->owner) == owner) {
+		while (now - start < limit && same(r, v, owner)) {
 			for (int i = 0; i < 8 && atomic_load_explicit(&v->owner, memory_order_relaxed) == owner; i++)
 				ks_pause();
 			sched_yield();
@@ -73,18 +80,22 @@ static void rest(struct ks_vcpu *v, u32 owner)
 		}
 		atomic_fetch_sub(&m->resting, 1);
 	}
-	while (atomic_load(&v->owner) == owner) {
-		atomic_store(&v->asleep, 1);
-		ks_futex_wait(&v->owner, owner);
-		atomic_store(&v->asleep, 0);
+	while (same(r, v, owner)) {
+		u32 rings = atomic_load(&r->bell);
+
+		atomic_store(&r->asleep, 1);
+		if (same(r, v, owner))
+			ks_futex_wait(&r->bell, rings);
+		atomic_store(&r->asleep, 0);
 	}
 	if (owner != KS_TAKEN)
 		return;
-	now = atomic_load(&v->answered);
+	now = atomic_load(&r->answered);
 	waited = (int64_t)(now - start) > 0 ? now - start : 0;
-	if (waited > REST_CLIP_US * m->tick_us)
+	/* In another's seat: this runner is the spare one of two, and had better sleep. */
+	if (waited > REST_CLIP_US * m->tick_us || atomic_load(&r->seat) != v)
 		waited = REST_CLIP_US * m->tick_us;
-	v->usual_rest += (int64_t)(waited - v->usual_rest) / 8;
+	r->usual_rest += (int64_t)(waited - r->usual_rest) / 8;
 }
 
 /* Wakes a Sentry that sleeps; costs a load when it doesn't. Callers have published what it shall find. */
@@ -130,9 +141,9 @@ void ks_take_channel(struct ks_vcpu *v)
 	v->call[6] = r[KS_R9];
 }
 
-static int user_mode(const struct ks_vcpu *v)
+static int user_mode(const struct ks_runner *r)
 {
-	return v->run->s.regs.sregs.cs.selector & 3;
+	return r->run->s.regs.sregs.cs.selector & 3;
 }
 
 static void copy_gprs(u64 *to, const struct kvm_regs *from)
@@ -145,13 +156,13 @@ _Static_assert(offsetof(struct kvm_regs, rsp) == KS_RSP * 8 && offsetof(struct k
 	       offsetof(struct kvm_regs, rcx) == KS_RCX * 8, "register order");
 
 /* The application's registers while the vCPU stands in ring 3, outside the entry code. */
-static void registers_in_ring3(struct ks_vcpu *v, u64 *r)
+static void registers_in_ring3(struct ks_runner *runner, u64 *r)
 {
-	const struct kvm_sregs *s = &v->run->s.regs.sregs;
+	const struct kvm_sregs *s = &runner->run->s.regs.sregs;
 
-	copy_gprs(r, &v->run->s.regs.regs);
+	copy_gprs(r, &runner->run->s.regs.regs);
 	r[KS_FS_BASE] = s->fs.base;
-	r[KS_GS_BASE] = s->gs.base == v->ch_va && !v->m->ring0 ? 0 : s->gs.base;
+	r[KS_GS_BASE] = s->gs.base == atomic_load(&runner->seat)->ch_va && !runner->m->ring0 ? 0 : s->gs.base;
 }
 
 /*
@@ -159,16 +170,20 @@ static void registers_in_ring3(struct ks_vcpu *v, u64 *r)
  * was cut short, so the private copy is what the application was about to have). Returns 0 if the context was taken
  * away meanwhile (released), else 1.
  */
-static int post(struct ks_vcpu *v, u32 event, u32 vector, u64 error, u64 address, const u64 *r)
+static int post(struct ks_runner *runner, u32 event, u32 vector, u64 error, u64 address, const u64 *r)
 {
-	u32 guest = KS_GUEST;
+	struct ks_vcpu *v;
+	u32 owner;
 
-	atomic_store(&v->where, KS_STOPPED);
-	while (!atomic_compare_exchange_strong(&v->owner, &guest, KS_TAKEN)) {	/* K5 */
-		if (guest != KS_TAKEN)
+	atomic_store(&runner->where, KS_STOPPED);
+	for (;;) {	/* K5 */
+		v = atomic_load(&runner->seat);
+		owner = KS_GUEST;
+		if (atomic_compare_exchange_strong(&v->owner, &owner, KS_TAKEN))
+			break;
+		if (owner != KS_TAKEN)
 			return 0;
-		rest(v, KS_TAKEN);
-		guest = KS_GUEST;
+		rest(runner, v, KS_TAKEN);
 	}
 	if (r)
 		memcpy(v->regs, r, sizeof(v->regs));
@@ -195,9 +210,9 @@ static int post(struct ks_vcpu *v, u32 event, u32 vector, u64 error, u64 address
 /* Where in the entry code an address of the guest's lies, whichever entry it uses. */
 enum place { OUTSIDE, BEFORE_REQUEST, WAITING, SAVING, BEFORE_XRSTOR, LEAVING };
 
-static enum place place_of(const struct ks_vcpu *v, u64 rip)
+static enum place place_of(const struct ks_runner *runner, u64 rip)
 {
-	if (v->m->ring0) {
+	if (runner->m->ring0) {
 		if (rip < STUB_n_start || rip >= STUB_n_end)
 			return OUTSIDE;
 		if (rip < STUB_n_published || rip >= STUB_n_common)
@@ -226,25 +241,26 @@ static void cut_short(struct ks_vcpu *v, enum place at)
 }
 
 /* Returns 1 if the vCPU shall stay out. */
-static int on_kick(struct ks_vcpu *v)
+static int on_kick(struct ks_runner *runner)
 {
-	const struct kvm_regs *now = &v->run->s.regs.regs;
+	const struct kvm_regs *now = &runner->run->s.regs.regs;
+	struct ks_vcpu *v = atomic_load(&runner->seat);
 	u64 r[KS_NREGS];
 	enum place at;
 
-	if (!user_mode(v) && !v->m->ring0) {
+	if (!user_mode(runner) && !runner->m->ring0) {
 		if (now->rip != STUB_e_iretq || atomic_load(&v->owner) != KS_GUEST)
 			return 0;	/* on its way to an event */
 		cut_short(v, BEFORE_XRSTOR);
-		return post(v, KS_EV_KICKED, 0, 0, 0, NULL);
+		return post(runner, KS_EV_KICKED, 0, 0, 0, NULL);
 	}
-	at = place_of(v, now->rip);
+	at = place_of(runner, now->rip);
 	switch (at) {
 	case OUTSIDE:
-		if (!user_mode(v))
+		if (!user_mode(runner))
 			return 0;
-		registers_in_ring3(v, r);
-		return post(v, KS_EV_KICKED, 0, 0, 0, r);
+		registers_in_ring3(runner, r);
+		return post(runner, KS_EV_KICKED, 0, 0, 0, r);
 	case BEFORE_REQUEST:	/* K1 */
 	case SAVING:
 		return 0;
@@ -257,7 +273,7 @@ static int on_kick(struct ks_vcpu *v)
 		if (atomic_load(&v->owner) != KS_GUEST)
 			return 0;
 		cut_short(v, at);
-		return post(v, KS_EV_KICKED, 0, 0, 0, NULL);
+		return post(runner, KS_EV_KICKED, 0, 0, 0, NULL);
 	}
 }
 
@@ -267,25 +283,26 @@ static int has_error_code(int vector)
 }
 
 /* An exception that left the guest at once (ring 3 entry hosts). */
-static int on_vector(struct ks_vcpu *v, int vector)
+static int on_vector(struct ks_runner *runner, int vector)
 {
-	const struct kvm_sregs *s = &v->run->s.regs.sregs;
-	const u64 *frame = (const u64 *)(v->sup + KS_SUP_FRAME);
+	const struct kvm_sregs *s = &runner->run->s.regs.sregs;
+	const u64 *frame = (const u64 *)(runner->sup + KS_SUP_FRAME);
 	u64 r[KS_NREGS], error = has_error_code(vector) ? frame[-1] : 0;
 	u32 event = vector == 14 ? KS_EV_FAULT : KS_EV_EXCEPTION;
 	u64 address = vector == 14 ? s->cr2 : 0;
+	struct ks_vcpu *v = atomic_load(&runner->seat);
 	enum place at;
 
 	if (!(frame[1] & 3)) {
-		v->exits[KS_EXIT_HOST_ERROR]++;
-		return post(v, KS_EV_HOST_ERROR, vector, EFAULT, s->cr2, NULL);
+		runner->exits[KS_EXIT_HOST_ERROR]++;
+		return post(runner, KS_EV_HOST_ERROR, vector, EFAULT, s->cr2, NULL);
 	}
-	v->exits[event == KS_EV_FAULT ? KS_EXIT_FAULT : KS_EXIT_EXCEPTION]++;
-	registers_in_ring3(v, r);
+	runner->exits[event == KS_EV_FAULT ? KS_EXIT_FAULT : KS_EXIT_EXCEPTION]++;
+	registers_in_ring3(runner, r);
 	r[KS_RIP] = frame[0];
 	r[KS_RFLAGS] = frame[2];
 	r[KS_RSP] = frame[3];
-	if (vector == 1 && !v->m->ring0 && (r[KS_RIP] == STUB_u_entry || r[KS_RIP] == STUB_u_entry_patched)) {
+	if (vector == 1 && !runner->m->ring0 && (r[KS_RIP] == STUB_u_entry || r[KS_RIP] == STUB_u_entry_patched)) {
 		/*
 		 * A program that steps through a system call: SFMASK is 0, so TF came along and the entry's first
 		 * instruction was not reached. The registers are whole. As where the kernel's flag mask clears TF, the
@@ -294,38 +311,39 @@ static int on_vector(struct ks_vcpu *v, int vector)
 		r[KS_RIP] = r[KS_RIP] == STUB_u_entry ? r[KS_RCX] : r[KS_R11];
 		r[KS_RCX] = r[KS_RIP];
 		r[KS_R11] = r[KS_RFLAGS];
-		return post(v, KS_EV_SYSCALL, 0, 0, 0, r);
+		return post(runner, KS_EV_SYSCALL, 0, 0, 0, r);
 	}
-	at = place_of(v, r[KS_RIP]);
+	at = place_of(runner, r[KS_RIP]);
 	if ((at == BEFORE_XRSTOR || at == LEAVING) && atomic_load(&v->owner) == KS_GUEST) {
 		/* Registers that cannot be loaded (a wild RIP, a broken XSAVE image): as if it happened after the return. */
 		cut_short(v, at);
-		return post(v, event, vector, error, address, NULL);
+		return post(runner, event, vector, error, address, NULL);
 	}
-	return post(v, event, vector, error, address, r);
+	return post(runner, event, vector, error, address, r);
 }
 
 /* The guest came out to sleep until its request is answered. Returns 1 if something else is asked of the vCPU. */
-static int on_park(struct ks_vcpu *v)
+static int on_park(struct ks_runner *runner)
 {
-	v->exits[KS_EXIT_PARK]++;
-	atomic_store(&v->where, KS_STOPPED);
+	runner->exits[KS_EXIT_PARK]++;
+	atomic_store(&runner->where, KS_STOPPED);
 	for (;;) {
+		struct ks_vcpu *v = atomic_load(&runner->seat);
 		u32 owner = atomic_load(&v->owner);
 
 		if (owner != KS_GUEST && owner != KS_TAKEN)
 			return 1;
 		if (owner == KS_TAKEN) {
-			rest(v, KS_TAKEN);
+			rest(runner, v, KS_TAKEN);
 			continue;
 		}
 		if (v->fresh || v->relocate)
 			return 1;
 		if (KS_READ(v->ch->state) == KS_ST_ANSWERED) {	/* K4 */
-			atomic_store(&v->where, KS_RUNNING);
-			if (atomic_load(&v->owner) == KS_GUEST)
+			atomic_store(&runner->where, KS_RUNNING);
+			if (same(runner, v, KS_GUEST))	/* K6, K8 */
 				return 0;
-			atomic_store(&v->where, KS_STOPPED);	/* K6 */
+			atomic_store(&runner->where, KS_STOPPED);
 			continue;
 		}
 		/* Not seen by the Sentry yet, or a forged state: from here it lies in private memory. */
@@ -337,60 +355,60 @@ static int on_park(struct ks_vcpu *v)
 			}
 			ks_take_channel(v);
 			atomic_store_explicit(&v->pending, 1, memory_order_release);
-			ks_ring(v->m);
+			ks_ring(runner->m);
 		}
 	}
 }
 
-static int on_port(struct ks_vcpu *v, int port)
+static int on_port(struct ks_runner *runner, int port)
 {
-	struct kvm_regs *now = &v->run->s.regs.regs;
+	struct kvm_regs *now = &runner->run->s.regs.regs;
 	u64 r[KS_NREGS];
-	int ours = !user_mode(v) || (now->rip - STUB_u_entry < 4096);
+	int ours = !user_mode(runner) || (now->rip - STUB_u_entry < 4096);
 
-	if (v->m->ring0 && user_mode(v))
+	if (runner->m->ring0 && user_mode(runner))
 		ours = 0;
 	if (port == KS_PORT_PARK && ours)
-		return on_park(v);
-	if (port == KS_PORT_SLOW && ours && user_mode(v)) {
-		v->exits[KS_EXIT_SLOW]++;
-		registers_in_ring3(v, r);
+		return on_park(runner);
+	if (port == KS_PORT_SLOW && ours && user_mode(runner)) {
+		runner->exits[KS_EXIT_SLOW]++;
+		registers_in_ring3(runner, r);
 		r[KS_RIP] = r[KS_RCX];
 		r[KS_R11] = r[KS_RFLAGS];
-		return post(v, KS_EV_SYSCALL, 0, 0, 0, r);
+		return post(runner, KS_EV_SYSCALL, 0, 0, 0, r);
 	}
-	if (user_mode(v)) {	/* an application that uses our ports: they are closed, as all are */
-		v->exits[KS_EXIT_PORT]++;
-		registers_in_ring3(v, r);
-		return post(v, KS_EV_EXCEPTION, 13, 0, 0, r);
+	if (user_mode(runner)) {	/* an application that uses our ports: they are closed, as all are */
+		runner->exits[KS_EXIT_PORT]++;
+		registers_in_ring3(runner, r);
+		return post(runner, KS_EV_EXCEPTION, 13, 0, 0, r);
 	}
 	if (port >= KS_PORT_VECTOR && port < KS_PORT_VECTOR + 32)
-		return on_vector(v, port - KS_PORT_VECTOR);
-	v->exits[KS_EXIT_HOST_ERROR]++;
-	return post(v, KS_EV_HOST_ERROR, KVM_EXIT_IO, EPROTO, port, NULL);
+		return on_vector(runner, port - KS_PORT_VECTOR);
+	runner->exits[KS_EXIT_HOST_ERROR]++;
+	return post(runner, KS_EV_HOST_ERROR, KVM_EXIT_IO, EPROTO, port, NULL);
 }
 
-static int host_error(struct ks_vcpu *v, int error)
+static int host_error(struct ks_runner *runner, int error)
 {
-	struct kvm_run *run = v->run;
+	struct kvm_run *run = runner->run;
 	u64 r[KS_NREGS], address = ~0ull;
-	int entry = !user_mode(v) || place_of(v, run->s.regs.regs.rip) != OUTSIDE;
+	int entry = !user_mode(runner) || place_of(runner, run->s.regs.regs.rip) != OUTSIDE;
 
-	v->exits[KS_EXIT_HOST_ERROR]++;
+	runner->exits[KS_EXIT_HOST_ERROR]++;
 #ifdef KVM_EXIT_MEMORY_FAULT
 	if (error == EFAULT && run->exit_reason == KVM_EXIT_MEMORY_FAULT)
 		address = run->memory_fault.gpa;
 #endif
 	if (!entry)
-		registers_in_ring3(v, r);
-	return post(v, KS_EV_HOST_ERROR, run->exit_reason, error, address, entry ? NULL : r);
+		registers_in_ring3(runner, r);
+	return post(runner, KS_EV_HOST_ERROR, run->exit_reason, error, address, entry ? NULL : r);
 }
 
 /* Sets the vCPU to go on at `answered`, where the guest loads all registers from the channel by itself. */
-static void relocate(struct ks_vcpu *v)
+static void relocate(struct ks_runner *runner, struct ks_vcpu *v)
 {
 	struct ks_machine *m = v->m;
-	struct kvm_run *run = v->run;
+	struct kvm_run *run = runner->run;
 	struct kvm_regs *r = &run->s.regs.regs;
 	struct kvm_sregs *s = &run->s.regs.sregs;
 	u64 target = m->ring0 ? STUB_n_answered : STUB_u_answered;
@@ -400,25 +418,25 @@ static void relocate(struct ks_vcpu *v)
 		*s = m->sregs;
 		s->cr3 = v->cr3;
 		s->gs.base = v->ch_va;
-		s->tr.base = v->sup_va + KS_SUP_TSS;
+		s->tr.base = runner->sup_va + KS_SUP_TSS;
 		memset(r, 0, sizeof(*r));
 		r->rip = target;
 		r->rflags = m->ring0 ? 2 : KS_RFLAGS_FIXED;
-		r->rsp = m->ring0 ? v->sup_va + KS_SUP_STACK : v->ch_va + KS_CH_FRAME;
+		r->rsp = m->ring0 ? runner->sup_va + KS_SUP_STACK : v->ch_va + KS_CH_FRAME;
 		run->kvm_dirty_regs |= KVM_SYNC_X86_SREGS;
-	} else if (user_mode(v)) {
+	} else if (user_mode(runner)) {
 		r->rip = target;
 		r->rflags = KS_RFLAGS_FIXED;
 		r->rsp = v->ch_va + KS_CH_FRAME;
 	} else {
-		u64 *frame = (u64 *)(v->sup + KS_SUP_FRAME);
+		u64 *frame = (u64 *)(runner->sup + KS_SUP_FRAME);
 
 		frame[0] = target;
 		frame[1] = KS_USER_CS;
 		frame[2] = KS_RFLAGS_FIXED;
 		frame[3] = v->ch_va + KS_CH_FRAME;
 		frame[4] = KS_USER_DS;
-		r->rsp = v->sup_va + KS_SUP_FRAME;
+		r->rsp = runner->sup_va + KS_SUP_FRAME;
 		r->rip = STUB_e_iretq;
 		r->rflags = 2;
 	}
@@ -430,47 +448,47 @@ static void relocate(struct ks_vcpu *v)
 }
 
 /* Until the vCPU shall stay out. */
-static void run_guest(struct ks_vcpu *v)
+static void run_guest(struct ks_runner *runner)
 {
-	struct kvm_run *run = v->run;
+	struct kvm_run *run = runner->run;
 	int stop = 0, again = 0;
 
 	while (!stop) {
 		u64 entered, ran;
 		int rc, error;
 
-		if (v->placed != atomic_load_explicit(&v->m->place.number, memory_order_acquire))
-			ks_place_follow(v);
+		if (runner->placed != atomic_load_explicit(&runner->m->place.number, memory_order_acquire))
+			ks_place_follow(runner);
 		entered = ks_ticks();
-		atomic_store_explicit(&v->entered, entered, memory_order_relaxed);
-		rc = ioctl(v->fd, KVM_RUN, 0);
+		atomic_store_explicit(&runner->entered, entered, memory_order_relaxed);
+		rc = ioctl(runner->fd, KVM_RUN, 0);
 		error = errno;
-		atomic_store_explicit(&v->entered, 0, memory_order_relaxed);
-		ran = atomic_load_explicit(&v->ran, memory_order_relaxed) + ks_ticks() - entered;
-		atomic_store_explicit(&v->ran, ran, memory_order_relaxed);
+		atomic_store_explicit(&runner->entered, 0, memory_order_relaxed);
+		ran = atomic_load_explicit(&runner->ran, memory_order_relaxed) + ks_ticks() - entered;
+		atomic_store_explicit(&runner->ran, ran, memory_order_relaxed);
 		run->kvm_dirty_regs = 0;
 		if (rc < 0 && (error == EINTR || error == EAGAIN)) {
 			run->immediate_exit = 0;
 			if (error == EAGAIN && ++again > 1000) {
-				stop = host_error(v, error);
+				stop = host_error(runner, error);
 				continue;
 			}
-			v->exits[KS_EXIT_INTERRUPTED]++;
-			if (atomic_load(&v->halt))
+			runner->exits[KS_EXIT_INTERRUPTED]++;
+			if (atomic_load(&runner->halt))
 				break;
-			if (atomic_exchange(&v->kick, 0))
-				stop = on_kick(v);
+			if (atomic_exchange(&atomic_load(&runner->seat)->kick, 0))
+				stop = on_kick(runner);
 			continue;
 		}
 		again = 0;
 		if (rc < 0)
-			stop = host_error(v, error);
+			stop = host_error(runner, error);
 		else if (run->exit_reason == KVM_EXIT_IO && run->io.direction == KVM_EXIT_IO_OUT)
-			stop = on_port(v, run->io.port);
+			stop = on_port(runner, run->io.port);
 		else if (run->exit_reason == KVM_EXIT_INTR)
-			v->exits[KS_EXIT_INTERRUPTED]++;
+			runner->exits[KS_EXIT_INTERRUPTED]++;
 		else
-			stop = host_error(v, EIO);
+			stop = host_error(runner, EIO);
 	}
 }
 
@@ -481,7 +499,7 @@ static void ignore(int signal)
 
 void *ks_runner(void *arg)
 {
-	struct ks_vcpu *v = arg;
+	struct ks_runner *runner = arg;
 	struct sigaction action = { .sa_handler = ignore };
 	sigset_t set;
 
@@ -489,24 +507,28 @@ void *ks_runner(void *arg)
 	sigfillset(&set);
 	sigdelset(&set, ks_kick_signal());
 	pthread_sigmask(SIG_SETMASK, &set, NULL);
-	v->tid = syscall(SYS_gettid);
+	runner->tid = syscall(SYS_gettid);
 	errno = 0;
 	/* Below the Sentry, so that spinning guests never keep it off a processor. Needs no privilege. */
-	setpriority(PRIO_PROCESS, v->tid, getpriority(PRIO_PROCESS, v->tid) + NICE_BELOW_SENTRY);
+	setpriority(PRIO_PROCESS, runner->tid, getpriority(PRIO_PROCESS, runner->tid) + NICE_BELOW_SENTRY);
 	for (;;) {
+		struct ks_vcpu *v;
 		u32 owner;
 
-		atomic_store(&v->where, KS_STOPPED);
-		while ((owner = atomic_load(&v->owner)) != KS_GUEST) {
-			if (owner == KS_EXIT)
-				return NULL;
-			rest(v, owner);
+		atomic_store(&runner->where, KS_STOPPED);
+		v = atomic_load(&runner->seat);
+		owner = atomic_load(&v->owner);
+		if (owner == KS_EXIT)
+			return NULL;
+		if (owner != KS_GUEST) {
+			rest(runner, v, owner);
+			continue;
 		}
-		atomic_store(&v->where, KS_RUNNING);
-		if (atomic_load(&v->owner) != KS_GUEST)		/* K6 */
+		atomic_store(&runner->where, KS_RUNNING);
+		if (!same(runner, v, KS_GUEST))		/* K6, K8 */
 			continue;
 		if (v->fresh || v->relocate)
-			relocate(v);
-		run_guest(v);
+			relocate(runner, v);
+		run_guest(runner);
 	}
 }

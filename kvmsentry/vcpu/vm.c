@@ -166,40 +166,47 @@ static int check(int rc, const char *operation, const char **failed)
 static int make_vcpu(struct ks_machine *m, struct ks_vcpu **out, const char **failed)
 {
 	struct ks_vcpu *v = aligned_alloc(64, (sizeof(*v) + 63) & ~63ul);
+	struct ks_runner *r = calloc(1, sizeof(*r));
 	struct kvm_xcrs xcrs = { .nr_xcrs = 1, .xcrs[0].value = m->xcr0 };
 	struct kvm_sregs sregs;
 	int rc;
 
-	if (!v)
+	if (!v || !r) {
+		free(v);
+		free(r);
 		return -ENOMEM;
+	}
 	memset(v, 0, sizeof(*v));
-	v->m = m;
+	v->m = r->m = m;
+	v->on = r;
+	r->seat = v;
 	v->id = m->nvcpus;
 	v->running = -1;
 	v->owner = KS_IDLE;
-	v->where = KS_RUNNING;	/* until its thread waits */
-	v->fd = ioctl(m->vm, KVM_CREATE_VCPU, v->id);
-	if (v->fd < 0) {
+	r->where = KS_RUNNING;	/* until its thread waits */
+	r->fd = ioctl(m->vm, KVM_CREATE_VCPU, v->id);
+	if (r->fd < 0) {
 		free(v);
+		free(r);
 		return check(-1, "KVM_CREATE_VCPU", failed);
 	}
 	m->vcpus[m->nvcpus++] = v;
-	ks_tsc_as_host(v->fd);
-	v->run = mmap(NULL, m->run_size, PROT_READ | PROT_WRITE, MAP_SHARED, v->fd, 0);
-	if (v->run == MAP_FAILED) {
-		v->run = NULL;
+	ks_tsc_as_host(r->fd);
+	r->run = mmap(NULL, m->run_size, PROT_READ | PROT_WRITE, MAP_SHARED, r->fd, 0);
+	if (r->run == MAP_FAILED) {
+		r->run = NULL;
 		return check(-1, "mmap of kvm_run", failed);
 	}
-	v->run->kvm_valid_regs = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
-	v->sup = m->mem + KS_GPA_SUPERVISOR + v->id * 4096;
-	v->sup_va = KS_LINEAR_BASE + KS_GPA_SUPERVISOR + v->id * 4096;
-	*(u64 *)(v->sup + 4) = v->sup_va + KS_SUP_STACK;	/* RSP0 */
-	*(uint16_t *)(v->sup + 102) = KS_SUP_BITMAP;
-	v->sup[KS_SUP_BITMAP] = m->ring0 ? 0xff : KS_PORTS_OPEN;
-	v->sup[KS_SUP_BITMAP + 1] = v->sup[KS_SUP_BITMAP + 2] = 0xff;
+	r->run->kvm_valid_regs = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
+	r->sup = m->mem + KS_GPA_SUPERVISOR + v->id * 4096;
+	r->sup_va = KS_LINEAR_BASE + KS_GPA_SUPERVISOR + v->id * 4096;
+	*(u64 *)(r->sup + 4) = r->sup_va + KS_SUP_STACK;	/* RSP0 */
+	*(uint16_t *)(r->sup + 102) = KS_SUP_BITMAP;
+	r->sup[KS_SUP_BITMAP] = m->ring0 ? 0xff : KS_PORTS_OPEN;
+	r->sup[KS_SUP_BITMAP + 1] = r->sup[KS_SUP_BITMAP + 2] = 0xff;
 
-	if ((rc = check(ioctl(v->fd, KVM_SET_CPUID2, m->cpuid), "KVM_SET_CPUID2", failed)) ||
-	    (rc = check(ioctl(v->fd, KVM_GET_SREGS, &sregs), "KVM_GET_SREGS", failed)))
+	if ((rc = check(ioctl(r->fd, KVM_SET_CPUID2, m->cpuid), "KVM_SET_CPUID2", failed)) ||
+	    (rc = check(ioctl(r->fd, KVM_GET_SREGS, &sregs), "KVM_GET_SREGS", failed)))
 		return rc;
 	if (!m->sregs.cr0) {
 		m->sregs = sregs;
@@ -207,16 +214,16 @@ static int make_vcpu(struct ks_machine *m, struct ks_vcpu **out, const char **fa
 	}
 	sregs = m->sregs;
 	sregs.apic_base = m->sregs.apic_base;
-	sregs.tr.base = v->sup_va + KS_SUP_TSS;
-	if ((rc = check(ioctl(v->fd, KVM_SET_SREGS, &sregs), "KVM_SET_SREGS", failed)) ||
-	    (rc = check(ioctl(v->fd, KVM_SET_XCRS, &xcrs), "KVM_SET_XCRS", failed)))
+	sregs.tr.base = r->sup_va + KS_SUP_TSS;
+	if ((rc = check(ioctl(r->fd, KVM_SET_SREGS, &sregs), "KVM_SET_SREGS", failed)) ||
+	    (rc = check(ioctl(r->fd, KVM_SET_XCRS, &xcrs), "KVM_SET_XCRS", failed)))
 		return rc;
 	struct kvm_msr_entry msrs[] = {
 		{ .index = MSR_STAR, .data = (u64)0x23 << 48 | (u64)KS_KERNEL_CS << 32 },
 		{ .index = MSR_LSTAR, .data = m->ring0 ? STUB_n_syscall : STUB_u_entry },
 		{ .index = MSR_SFMASK, .data = m->ring0 ? 0x47700 : 0 },	/* AC NT IOPL DF IF TF */
 	};
-	rc = set_msrs(v->fd, msrs, 3);
+	rc = set_msrs(r->fd, msrs, 3);
 	if (rc)
 		*failed = "KVM_SET_MSRS";
 	*out = v;
@@ -239,14 +246,14 @@ int ks_vcpu_new(struct ks_machine *m, struct ks_vcpu **out, const char **failed)
 	pthread_attr_setstacksize(&attributes, 128 << 10);
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &before);	/* the runner never sees a signal of Python's */
-	rc = pthread_create(&v->thread, &attributes, ks_runner, v);
+	rc = pthread_create(&v->on->thread, &attributes, ks_runner, v->on);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	pthread_attr_destroy(&attributes);
 	if (rc) {
 		*failed = "pthread_create";
 		return -rc;
 	}
-	while (atomic_load(&v->where) != KS_STOPPED)
+	while (atomic_load(&v->on->where) != KS_STOPPED)
 		sched_yield();
 	*out = v;
 	return 0;
@@ -316,7 +323,7 @@ int ks_machine_new(int kvm, int ring0, uint64_t xcr0, void *mem, struct ks_machi
 	rc = make_vcpu(m, &m->service, failed);
 	if (rc)
 		return rc;
-	rc = ioctl(m->service->fd, KVM_GET_TSC_KHZ, 0);
+	rc = ioctl(m->service->on->fd, KVM_GET_TSC_KHZ, 0);
 	m->tsc_khz = rc > 0 ? rc : 1000000;
 	m->shared->spins = 20000;
 	m->tick_us = m->tsc_khz >= 1000 ? m->tsc_khz / 1000 : 1;
@@ -331,18 +338,20 @@ void ks_machine_free(struct ks_machine *m)
 	for (u32 i = 0; i < m->nvcpus; i++) {
 		struct ks_vcpu *v = m->vcpus[i];
 
-		if (v->thread) {
+		if (v->on->thread) {
 			u32 guest = KS_GUEST;
 
 			atomic_compare_exchange_strong(&v->owner, &guest, KS_TAKEN);
 			ks_halt(v);
 			atomic_store(&v->owner, KS_EXIT);
-			ks_futex_wake(&v->owner);	/* it may sleep, whatever `asleep` says by now */
-			pthread_join(v->thread, NULL);
+			atomic_fetch_add(&v->on->bell, 1);
+			ks_futex_wake(&v->on->bell);
+			pthread_join(v->on->thread, NULL);
 		}
-		if (v->run)
-			munmap(v->run, m->run_size);
-		close(v->fd);
+		if (v->on->run)
+			munmap(v->on->run, m->run_size);
+		close(v->on->fd);
+		free(v->on);
 		free(v);
 	}
 	int fds[] = { m->vm, m->bell, m->epoll, m->timer };
@@ -357,20 +366,20 @@ void ks_machine_free(struct ks_machine *m)
 static int serve(struct ks_machine *m, u64 rip, u64 rdi, u64 rsi, u64 rcx, u64 cr3)
 {
 	struct ks_vcpu *v = m->service;
-	struct kvm_run *run = v->run;
+	struct kvm_run *run = v->on->run;
 	struct kvm_sregs *s = &run->s.regs.sregs;
 
 	m->count_services++;
 	*s = m->sregs;
 	s->cs = ks_segment(KS_KERNEL_CS, 11, 0, 1);
 	s->ss = ks_segment(KS_KERNEL_DS, 3, 0, 0);
-	s->tr.base = v->sup_va + KS_SUP_TSS;
+	s->tr.base = v->on->sup_va + KS_SUP_TSS;
 	s->cr3 = cr3;
 	run->s.regs.regs = (struct kvm_regs){ .rip = rip, .rdi = rdi, .rsi = rsi, .rcx = rcx, .rflags = 2,
-					      .rsp = v->sup_va + KS_SUP_STACK };
+					      .rsp = v->on->sup_va + KS_SUP_STACK };
 	run->kvm_dirty_regs = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
 	for (;;) {
-		int rc = ioctl(v->fd, KVM_RUN, 0);
+		int rc = ioctl(v->on->fd, KVM_RUN, 0);
 
 		run->kvm_dirty_regs = 0;
 		if (rc < 0 && errno == EINTR)
@@ -416,14 +425,14 @@ int ks_epoll_fd(struct ks_machine *m) { return m->epoll; }
 
 uint64_t ks_counter(struct ks_machine *m, int which)
 {
-	u64 c[] = { m->count_events, m->count_sleeps, m->count_spins, m->count_doorbells, m->nvcpus, m->count_services, m->tsc_khz };
+	u64 c[] = { m->count_events, m->count_sleeps, m->count_spins, m->count_doorbells, m->nvcpus, m->count_services, m->tsc_khz, m->count_trades };
 
 	return c[which];
 }
 
 uint64_t ks_vcpu_counter(struct ks_vcpu *v, int which)
 {
-	return v->exits[which];
+	return v->on->exits[which];
 }
 
 /*
@@ -448,19 +457,21 @@ uint64_t ks_host_ticks(void) { return ks_ticks(); }
 
 uint32_t ks_id(struct ks_vcpu *v) { return v->id; }
 
-uint64_t ks_cpu_ns(struct ks_vcpu *v)
+u64 ks_runner_ns(const struct ks_runner *r)
 {
 	struct timespec t;
 	clockid_t clock;
 
-	if (pthread_getcpuclockid(v->thread, &clock) || clock_gettime(clock, &t))
+	if (pthread_getcpuclockid(r->thread, &clock) || clock_gettime(clock, &t))
 		return 0;
 	return t.tv_sec * 1000000000ull + t.tv_nsec;
 }
+
+uint64_t ks_cpu_ns(struct ks_vcpu *v) { return v->cpu_offset + ks_runner_ns(v->on); }
 void *ks_regs(struct ks_vcpu *v) { return v->regs; }
 void *ks_call(struct ks_vcpu *v) { return v->call; }
 uint64_t ks_fault_address(struct ks_vcpu *v) { return v->fault_address; }
 uint64_t ks_error_code(struct ks_vcpu *v) { return v->error_code; }
 uint32_t ks_vector(struct ks_vcpu *v) { return v->vector; }
 int ks_owner(struct ks_vcpu *v) { return v->owner; }
-int ks_where(struct ks_vcpu *v) { return v->where; }
+int ks_where(struct ks_vcpu *v) { return v->on->where; }
