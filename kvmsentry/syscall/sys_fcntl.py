@@ -59,6 +59,7 @@ POLL_MSG_BAND = 0x441  # band_table in fs/fcntl.c: POLLIN | POLLRDNORM | POLLMSG
 CAP_FOWNER, CAP_LEASE = 3, 28
 
 _flock = struct.Struct("<hhxxxxqqi4x")  # struct flock: type, whence, start, len, pid
+_short = struct.Struct("<h")
 _int = struct.Struct("<i")
 _two_ints = struct.Struct("<ii")
 _long = struct.Struct("<q")
@@ -305,14 +306,13 @@ def record_lock(task: Task, file: File, command: int, arg: int) -> Any:
         held = file.inode.locks
         record = held.conflict(owner, kind, start, end) if held is not None else None
         if record is None:
-            answer = _flock.pack(locks.F_UNLCK, whence, start, length, pid)
-        else:
-            span = record.end - record.start if record.end != locks.END else 0
-            holder = record.pid
-            if task.process.numbers and holder > 0:
-                holder = task.process.pid_ns.pid_of(task.kernel.processes.get(holder))
-            answer = _flock.pack(record.kind, 0, record.start, span, holder)
-        task.mm.write(arg, answer)
+            task.mm.write(arg, _short.pack(locks.F_UNLCK))  # the rest of the structure stays as it came
+            return 0
+        span = record.end - record.start if record.end != locks.END else 0
+        holder = record.pid
+        if task.process.numbers and holder > 0:
+            holder = task.process.pid_ns.pid_of(task.kernel.processes.get(holder))
+        task.mm.write(arg, _flock.pack(record.kind, 0, record.start, span, holder))
         return 0
     if (kind == locks.F_RDLCK and not file.readable) or (kind == locks.F_WRLCK and not file.writable):
         raise Errno(errno.EBADF)
