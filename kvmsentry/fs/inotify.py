@@ -27,6 +27,7 @@ IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE, IN_DELETE_SELF, IN_MOVE_SELF =
 IN_UNMOUNT, IN_Q_OVERFLOW, IN_IGNORED = 0x2000, 0x4000, 0x8000
 IN_ONLYDIR, IN_DONT_FOLLOW, IN_EXCL_UNLINK, IN_MASK_CREATE, IN_MASK_ADD = 1 << 24, 1 << 25, 1 << 26, 1 << 28, 1 << 29
 IN_ISDIR, IN_ONESHOT = 1 << 30, 1 << 31
+DN_RENAMED = 0x10000000  # FS_RENAME of linux/fsnotify_backend.h: a rename within one directory, for dnotify only
 IN_ALL_EVENTS = 0xFFF
 ALWAYS = IN_UNMOUNT | IN_IGNORED  # told whether asked for or not
 
@@ -149,7 +150,7 @@ class InotifyFile(AnonFile):
         """A line for each mark."""
         return "".join(
             f"inotify wd:{mark.wd:x} ino:{mark.inode.ino:x} sdev:{mark.inode.sb.dev:x} "
-            f"mask:{mark.mask & IN_ALL_EVENTS:x} ignored_mask:0\n"
+            f"mask:{mark.mask & (IN_ALL_EVENTS | IN_EXCL_UNLINK | IN_ONESHOT):x} ignored_mask:0\n"
             for mark in self.marks.values()
         )
 

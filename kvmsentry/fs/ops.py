@@ -62,6 +62,7 @@ _O_TMPFILE = O_TMPFILE & ~O_DIRECTORY
 # inotify(7) events, uapi/linux/inotify.h
 IN_ACCESS, IN_MODIFY, IN_ATTRIB, IN_OPEN, IN_MOVED_FROM, IN_MOVED_TO = 1, 2, 4, 0x20, 0x40, 0x80
 IN_CREATE, IN_DELETE, IN_DELETE_SELF, IN_MOVE_SELF, IN_ISDIR = 0x100, 0x200, 0x400, 0x800, 0x40000000
+DN_RENAMED = 0x10000000  # a rename within one directory, fs/dnotify.py
 
 _move_cookie = 0
 
@@ -116,6 +117,13 @@ def notify(inode: Inode, mask: int, name: bytes = b"", cookie: int = 0) -> None:
         from kvmsentry.fs import inotify
 
         inotify.notify(inode, mask, name, cookie)
+
+
+def _unlinked(victim: Inode) -> None:
+    """A name of `victim` went, perhaps its last: the count of links changed in any case (fsnotify_link_count)."""
+    notify(victim, IN_ATTRIB | IN_ISDIR if victim.mode & S_IFMT == S_IFDIR else IN_ATTRIB)
+    if not victim.nlink:
+        notify(victim, IN_DELETE_SELF)
 
 
 def changed(place: Path | None, inode: Inode, mask: int) -> None:
@@ -392,7 +400,7 @@ def unlink_at(task: Task, start: Path | None, path: bytes) -> None:
     directory.unlink(name, victim)
     forget(parent.dentry, name)
     if victim.watches is not None:
-        notify(victim, IN_ATTRIB if victim.nlink else IN_DELETE_SELF)
+        _unlinked(victim)
     _entry_event(directory, name, victim, IN_DELETE)
 
 
@@ -418,7 +426,7 @@ def rmdir_at(task: Task, start: Path | None, path: bytes) -> None:
     dentry.children.clear()
     forget(parent.dentry, name)
     if victim.watches is not None:
-        notify(victim, IN_DELETE_SELF | IN_ISDIR)
+        notify(victim, IN_DELETE_SELF)  # without IN_ISDIR, as all events of the watched file itself
     _entry_event(directory, name, victim, IN_DELETE)
 
 
@@ -499,10 +507,12 @@ def rename_at(task: Task, old_start: Path | None, old_path: bytes, new_start: Pa
         _move_cookie += 1
         _entry_event(old_dir, old_name, inode, IN_MOVED_FROM, _move_cookie)
         _entry_event(new_dir, new_name, inode, IN_MOVED_TO, _move_cookie)
+        if old_dir is new_dir:
+            notify(old_dir, DN_RENAMED)
     if inode.watches is not None:
         notify(inode, IN_MOVE_SELF)
     if replaced is not None and not exchange and replaced.watches is not None:
-        notify(replaced, IN_ATTRIB if replaced.nlink else IN_DELETE_SELF)
+        _unlinked(replaced)
 
 
 # -- changing
