@@ -406,6 +406,8 @@ def _sync(task: Task, file: File, flush: Callable[[int], None]) -> Any:
     """A file on the host is flushed on another thread: the disk takes its time."""
     host = file.sync_fd()
     if host < 0:
+        if file.inode.mode & 0o170000 not in (st.S_IFREG, st.S_IFDIR, st.S_IFBLK):
+            raise Errno(errno.EINVAL)  # neither devices nor pipes have anything to flush
         file.fsync()
         return 0
     try:

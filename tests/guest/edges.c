@@ -6,6 +6,7 @@
 #include <linux/kcmp.h>
 #include <pthread.h>
 #include <sched.h>
+#include <sys/inotify.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
@@ -161,10 +162,59 @@ static void directory_signals(void)
 	CHECK(fcntl(fd, F_NOTIFY, DN_DELETE | DN_MULTISHOT) == 0);
 	close(fd);
 	CHECK(unlink("f") == 0 && told == 5);
+	/* A rename is one only within the directory. */
+	CHECK(mkdir("below", 0700) == 0);
+	touch("moved");
+	fd = open(".", O_RDONLY);
+	CHECK(fcntl(fd, F_SETSIG, SIGRTMIN) == 0 && fcntl(fd, F_NOTIFY, DN_RENAME | DN_MULTISHOT) == 0);
+	CHECK(rename("moved", "below/moved") == 0 && rename("below/moved", "moved") == 0 && told == 5);
+	CHECK(rename("moved", "again") == 0 && told == 6);
+	close(fd);
+	CHECK(unlink("again") == 0 && rmdir("below") == 0);
 	CHECK(chdir("/") == 0 && rmdir(name) == 0);
 }
 
 /* A length of 0 in the middle of a mapping is nothing to do. */
+/* Events of the watched file itself: its links are counted, and no directory is called one. */
+static void ends_of_watched(void)
+{
+	static const uint32_t wanted[] = { IN_DELETE_SELF, IN_IGNORED, IN_ATTRIB,
+					   IN_ATTRIB, IN_DELETE_SELF, IN_IGNORED };
+	struct inotify_event events[8];
+	char name[] = "/tmp/edgesXXXXXX";
+	int fd = inotify_init1(IN_NONBLOCK);
+	size_t i;
+
+	CHECK(mkdtemp(name) && chdir(name) == 0);
+	CHECK(mkdir("d", 0700) == 0);
+	touch("f");
+	CHECK(inotify_add_watch(fd, "d", IN_ALL_EVENTS & ~(IN_OPEN | IN_CLOSE)) > 0);
+	CHECK(inotify_add_watch(fd, "f", IN_ALL_EVENTS & ~(IN_OPEN | IN_CLOSE)) > 0);
+	CHECK(rmdir("d") == 0 && link("f", "g") == 0);
+	CHECK(read(fd, events, sizeof(events)) == 3 * sizeof(*events));
+	for (i = 0; i < 3; i++)
+		CHECK(events[i].mask == wanted[i] && events[i].len == 0);
+	CHECK(unlink("g") == 0 && read(fd, events, sizeof(events)) == sizeof(*events) && events->mask == IN_ATTRIB);
+	CHECK(unlink("f") == 0);
+	CHECK(read(fd, events, sizeof(events)) == 3 * sizeof(*events));
+	for (i = 0; i < 3; i++)
+		CHECK(events[i].mask == wanted[i + 3] && events[i].len == 0);
+	close(fd);
+	CHECK(chdir("/") == 0 && rmdir(name) == 0);
+}
+
+static void nothing_to_flush(void)
+{
+	int fd = open("/dev/null", O_RDWR);
+
+	FAILS(fsync(fd), EINVAL);
+	FAILS(fdatasync(fd), EINVAL);
+	close(fd);
+	fd = open("/tmp", O_RDONLY | O_DIRECTORY);
+	CHECK(fsync(fd) == 0);
+	close(fd);
+}
+
 static void no_memory(void)
 {
 	char *at = mmap(NULL, 3 * 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -253,6 +303,8 @@ int main(void)
 	locked_terminal();
 	compared();
 	no_memory();
+	nothing_to_flush();
+	ends_of_watched();
 	directory_signals();
 	own_system_call();
 	scheduling();
