@@ -154,6 +154,16 @@ static void mapped_files(void)
 	munmap(p, 8192);
 }
 
+/* The clocks that nobody can sleep by. */
+static void sleepless_clocks(void)
+{
+	struct timespec t = { 0, 1 };
+
+	FAILS(syscall(SYS_clock_nanosleep, CLOCK_THREAD_CPUTIME_ID, 0, &t, NULL), EOPNOTSUPP);
+	FAILS(syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC_RAW, 0, &t, NULL), EOPNOTSUPP);
+	FAILS(syscall(SYS_clock_nanosleep, 12345, 0, &t, NULL), EINVAL);
+}
+
 static void barriers(void)
 {
 	long known = syscall(SYS_membarrier, 0, 0, 0);
@@ -181,6 +191,7 @@ int main(void)
 {
 	mapped_files();
 	barriers();
+	sleepless_clocks();
 	extents();
 	handles();
 	advice();
