@@ -338,4 +338,6 @@ def mount_setattr(task: Task, dirfd: DirFd, pathname: Path, flags: UInt, uattr: 
         return -errno.EPERM  # can_change_locked_flags
     for each in changed:
         each.flags = each.flags & ~remove | add
+    if mount.namespace is not None:
+        mount.namespace.changed()
     return 0
