@@ -336,12 +336,14 @@ def clock_ticks(ns: int) -> int:
     return ns // 10_000_000
 
 
-def reap(process: Process) -> None:
-    """Forget a zombie: its pid may be used again."""
+def reap(process: Process, waited: bool = False) -> None:
+    """Forget a zombie: its pid may be used again. What it used is its parent's children's only if the parent `waited`
+    for it."""
     kernel = process.kernel
     parent = process.parent
     if parent is not None:
         parent.children.pop(process.pid, None)
+    if parent is not None and waited:
         parent.children_user += cputime.of_process(process) + process.children_user
         parent.children_system += process.children_system
         parent.children_peak_pages = max(parent.children_peak_pages, process.peak_pages, process.children_peak_pages)
@@ -417,7 +419,7 @@ def find(task: Task, match: Callable[[Process], bool] | None, options: int) -> F
                 code, value = describe(child.exit_code)
                 found = Found(child, code, value, child.exit_code)
                 if not options & WNOWAIT:
-                    reap(child)
+                    reap(child, waited=True)
                 return found
             continue
         report = child.stop_report

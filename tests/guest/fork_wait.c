@@ -61,6 +61,19 @@ static void sizes(void)
 	CHECK(wait4(pid, NULL, 0, &waited) == pid && waited.ru_maxrss >= megabytes * 1024);
 	CHECK(getrusage(RUSAGE_CHILDREN, &children) == 0 && children.ru_maxrss >= waited.ru_maxrss);
 	CHECK(getrusage(RUSAGE_SELF, &own) == 0 && own.ru_maxrss > 0 && own.ru_maxrss < megabytes * 1024);
+	/* What nobody waits for is nobody's. */
+	CHECK(signal(SIGCHLD, SIG_IGN) != SIG_ERR);
+	pid = fork();
+	if (pid == 0) {
+		char *memory = mmap(NULL, megabytes << 21, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+		CHECK(memory != MAP_FAILED);
+		memset(memory, 1, megabytes << 21);
+		_exit(0);
+	}
+	FAILS(wait(NULL), ECHILD);
+	CHECK(signal(SIGCHLD, SIG_DFL) != SIG_ERR);
+	CHECK(getrusage(RUSAGE_CHILDREN, &children) == 0 && children.ru_maxrss == waited.ru_maxrss);
 }
 
 static void no_hang(void)
