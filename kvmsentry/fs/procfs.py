@@ -66,8 +66,10 @@ FILES: dict[bytes, tuple[int, Show, Take | None]] = {
     b"wchan": (0o444, process.wchan, None),
 }
 _MOUNTS: dict[bytes, tuple[int, Show]] = {
-    b"mountinfo": (0o444, process.mountinfo), b"mounts": (0o444, process.mounts), b"mountstats": (0o400, process.mountstats),
-}  # fmt: skip
+    b"mountinfo": (0o444, process.mountinfo),
+    b"mounts": (0o444, process.mounts),
+    b"mountstats": (0o400, process.mountstats),
+}
 _NUMBERED = {b"stat": process.stat, b"status": process.status}  # they show pids: those of the mount's namespace
 _ONLY_PROCESS = frozenset((*idmaps.NAMES, b"mountstats", b"coredump_filter", b"timers", b"timerslack_ns"))
 _LINKS: dict[bytes, Callable[[Any], Any]] = {

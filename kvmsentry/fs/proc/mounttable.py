@@ -1,5 +1,5 @@
-"""/proc/PID/mounts, mountinfo and mountstats: text as elsewhere, and poll(2) tells when the mounts have changed since it
-last told (mounts_poll in fs/proc_namespace.c)."""
+"""/proc/PID/mounts, mountinfo and mountstats: text as elsewhere, and poll(2) tells when the mounts have changed since
+it last told (mounts_poll in fs/proc_namespace.c)."""
 
 from __future__ import annotations
 
