@@ -370,8 +370,8 @@ def leave_group(process: Process) -> None:
 
 # -- waiting --
 class Found:
-    """What a wait found: of whom, si_code, si_status, the wait status, the child's own and its children's times, and the most
-    pages any of them had."""
+    """What a wait found: of whom, si_code, si_status, the wait status, the child's own and its children's times, and
+    the most pages any of them had."""
 
     __slots__ = ("pid", "uid", "code", "value", "status", "user", "system", "peak_pages")
 
