@@ -33,6 +33,7 @@ _PROTOCOLS = {
     abi.SOCK_STREAM: (0, IPPROTO_TCP),
     abi.SOCK_DGRAM: (0, IPPROTO_UDP, IPPROTO_UDPLITE),
 }
+_LEVELS = {abi.SOCK_STREAM: abi.SOL_TCP, abi.SOCK_DGRAM: abi.SOL_UDP, abi.SOCK_RAW: abi.SOL_RAW}
 
 
 class InetSocket(HostSocket):
@@ -155,7 +156,8 @@ class InetSocket(HostSocket):
                 return abi.INT.pack(0)
         directions, most = options.OPTIONS.get((level, name), (0, 0))
         if not directions & options.GET:
-            raise Errno(errno.ENOPROTOOPT)
+            foreign = self.family == abi.AF_INET and level not in (abi.SOL_SOCKET, abi.SOL_IP, _LEVELS.get(self.kind))
+            raise Errno(errno.EOPNOTSUPP if foreign else errno.ENOPROTOOPT)  # do_ip_getsockopt
         if not size:
             return b""
         try:
