@@ -164,6 +164,16 @@ static void sleepless_clocks(void)
 	FAILS(syscall(SYS_clock_nanosleep, 12345, 0, &t, NULL), EINVAL);
 }
 
+static void memory_policies(void)
+{
+	int mode = -1;
+
+	CHECK(syscall(SYS_get_mempolicy, &mode, NULL, 0, &mode, 2) == 0 && mode == 0); /* MPOL_F_ADDR */
+	FAILS(syscall(SYS_get_mempolicy, &mode, NULL, 0, NULL, 2), EFAULT);
+	FAILS(syscall(SYS_get_mempolicy, &mode, NULL, 0, &mode, 0), EINVAL);
+	FAILS(syscall(SYS_get_mempolicy, &mode, NULL, 0, NULL, 64), EINVAL);
+}
+
 static void barriers(void)
 {
 	long known = syscall(SYS_membarrier, 0, 0, 0);
@@ -191,6 +201,7 @@ int main(void)
 {
 	mapped_files();
 	barriers();
+	memory_policies();
 	sleepless_clocks();
 	extents();
 	handles();
