@@ -168,7 +168,7 @@ ROWS: tuple[tuple[str, Any, Any], ...] = (
     ("net/core/busy_read", 0, UNSIGNED),
     ("net/ipv4/ip_local_port_range", "32768\t60999", (0, 65535)),
     ("net/ipv4/ip_local_reserved_ports", "", TEXT),
-    ("net/ipv4/ip_unprivileged_port_start", 1024, (0, 65535)),
+    ("net/ipv4/ip_unprivileged_port_start", 0, (0, 65535)),  # as sandbox/network.py sets the host's
     ("net/ipv4/ip_forward", 0, BOOL),
     ("net/ipv4/ip_default_ttl", 64, (1, 255)),
     ("net/ipv4/ip_nonlocal_bind", 0, BOOL),
