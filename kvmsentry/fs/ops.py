@@ -34,6 +34,7 @@ from kvmsentry.fs.vfs import (
     O_PATH,
     O_TMPFILE,
     O_TRUNC,
+    O_WRONLY,
     WATCHES,
     Dentry,
     File,
@@ -234,6 +235,12 @@ def _finish_open(task: Task, place: Path, inode: Inode, flags: int) -> Any:
         if WATCHES and isinstance(file, File):
             changed(place, inode, IN_OPEN)
         return file
+    if inode.locks is not None:
+        from kvmsentry.fs.leases import break_leases
+
+        giving_way = break_leases(task, inode, flags)
+        if giving_way is not None:
+            return _open_later(giving_way, task, place, inode, flags)
     counted = bool(flags & 3)
     if counted or flags & O_TRUNC:
         if inode.writers < 0:
@@ -257,6 +264,12 @@ def _finish_open(task: Task, place: Path, inode: Inode, flags: int) -> Any:
             changed(place, inode, IN_OPEN)
         return file
     return _count_later(file, inode, counted)
+
+
+async def _open_later(giving_way: Coroutine[Any, Any, None], task: Task, place: Path, inode: Inode, flags: int) -> File:
+    await giving_way
+    file: Any = _finish_open(task, place, inode, flags)
+    return file if isinstance(file, File) else await file
 
 
 async def _count_later(opening: Coroutine[Any, Any, File], inode: Inode, counted: bool) -> File:
@@ -587,8 +600,8 @@ def strip_set_id(task: Task, inode: Inode) -> None:
         filecaps.drop(inode)
 
 
-def truncate_at(task: Task, path: bytes, size: int) -> None:
-    """truncate(2)."""
+def truncate_at(task: Task, path: bytes, size: int) -> Any:
+    """truncate(2): 0, or a coroutine while a lease is in the way."""
     if size < 0:
         raise Errno(errno.EINVAL)
     place = walk(task, path)
@@ -601,10 +614,28 @@ def truncate_at(task: Task, path: bytes, size: int) -> None:
     permission(inode, MAY_WRITE, task.creds)
     if inode.writers < 0:
         raise Errno(errno.ETXTBSY)
+    if inode.locks is not None:
+        from kvmsentry.fs.leases import break_leases
+
+        giving_way = break_leases(task, inode, O_WRONLY)
+        if giving_way is not None:
+            return _truncate_later(giving_way, task, place, inode, size)
+    return _truncate(task, place, inode, size)
+
+
+async def _truncate_later(
+    giving_way: Coroutine[Any, Any, None], task: Task, place: Path, inode: Inode, size: int
+) -> int:
+    await giving_way
+    return _truncate(task, place, inode, size)
+
+
+def _truncate(task: Task, place: Path, inode: Inode, size: int) -> int:
     inode.truncate(size)
     strip_set_id(task, inode)
     if WATCHES:
         changed(place, inode, IN_MODIFY)
+    return 0
 
 
 def access(task: Task, place: Path, mask: int, creds: Credentials) -> None:

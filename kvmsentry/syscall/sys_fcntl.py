@@ -10,11 +10,12 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs import dnotify, locks
+from kvmsentry.fs import dnotify, leases, locks
 from kvmsentry.fs.inotify import modified
 from kvmsentry.fs.memfd import F_SEAL_EXEC, is_memfd, mapped_writable
 from kvmsentry.fs.ops import owner_or_capable
 from kvmsentry.fs.pipe import PipeFile
+from kvmsentry.fs.proc.sysctl import sysctl
 from kvmsentry.fs.tmpfs import (
     F_SEAL_FUTURE_WRITE,
     F_SEAL_GROW,
@@ -29,7 +30,7 @@ from kvmsentry.kernel.hostwork import on_host
 from kvmsentry.kernel.pidns import PidNamespace
 from kvmsentry.kernel.task import RLIM_INFINITY, RLIMIT_FSIZE, RLIMIT_NOFILE, SigInfo
 from kvmsentry.kernel.traps import Pace
-from kvmsentry.kernel.userns import shown_uid
+from kvmsentry.kernel.userns import inode_capable, shown_uid
 from kvmsentry.syscall.sys_io import LONG, install, limit_size, writable
 from kvmsentry.syscall.table import Fd, Int, Offset, Size, UInt, ULong, syscall
 
@@ -141,7 +142,7 @@ def _end_async(file: File) -> None:
 
 
 # -- fcntl -----------------------------------------------------------------------------------------------------
-@syscall(72, partial="no leases, write hints are forgotten")
+@syscall(72, partial="write hints are forgotten; execve(2) breaks no lease, F_WRLCK overlooks mappings")
 def fcntl(task: Task, fd: Fd, command: UInt, arg: ULong) -> Any:
     """fcntl(2)."""
     table = task.files
@@ -180,11 +181,9 @@ def fcntl(task: Task, fd: Fd, command: UInt, arg: ULong) -> Any:
             ownership(task, file, fd, F_SETOWN, task.process.vpid)
         return 0
     if command == F_GETLEASE:
-        return locks.F_UNLCK
-    if command == F_SETLEASE:  # as on a file system that has none; unlocking what isn't there is EAGAIN
-        if task.creds.fsuid != file.inode.uid and not task.creds.capable(CAP_LEASE):
-            raise Errno(errno.EACCES)
-        raise Errno(errno.EAGAIN if arg == locks.F_UNLCK and st.S_ISREG(file.inode.mode) else errno.EINVAL)
+        return leases.get(task, file)
+    if command == F_SETLEASE:
+        return set_lease(task, file, fd, arg & 0xFFFFFFFF)
     if command in (F_GET_RW_HINT, F_GET_FILE_RW_HINT):
         task.mm.write(arg, bytes(8))
         return 0
@@ -273,6 +272,23 @@ def _shown_owner(task: Task, owner: Owner) -> int:
         thread = kernel.tasks.get(owner.id)
         return space.tid_of(thread) if thread is not None else 0
     return space.pid_of(kernel.processes.get(owner.id))
+
+
+def set_lease(task: Task, file: File, fd: int, kind: int) -> int:
+    """F_SETLEASE: EINVAL, EACCES for another's file, EAGAIN."""
+    if kind not in (locks.F_RDLCK, locks.F_WRLCK, locks.F_UNLCK):
+        raise Errno(errno.EINVAL)
+    if task.creds.fsuid != file.inode.uid and not inode_capable(task.creds, file.inode, CAP_LEASE):
+        raise Errno(errno.EACCES)
+    if not st.S_ISREG(file.inode.mode) or not sysctl(task.kernel).number("fs/leases-enable"):
+        raise Errno(errno.EINVAL)
+    if kind == locks.F_UNLCK:
+        leases.release(task, file)
+        return 0
+    leases.take(task, file, kind, lambda: AsyncNotice(file, task.kernel).send(POLL_MSG, POLL_MSG_BAND))
+    if file.owner is None or not file.owner.id:
+        ownership(task, file, fd, F_SETOWN, task.process.vpid)
+    return 0
 
 
 def record_lock(task: Task, file: File, command: int, arg: int) -> Any:
