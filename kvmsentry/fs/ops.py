@@ -181,10 +181,21 @@ def open_at(task: Task, start: Path | None, path: bytes, flags: int, mode: int =
     assert directory is not None
     want_write(place.mount)
     _may_create(directory, task.creds)
-    inode = directory.create(dentry.name, mode & 0o7777 & ~task.fs.umask, task.creds)
+    inode = directory.create(dentry.name, _new_mode(task, directory, mode), task.creds)
     place = Path(place.mount, parent.add(dentry.name, inode))
     _entry_event(directory, dentry.name, inode, IN_CREATE)
     return _finish_open(task, place, inode, flags & ~O_TRUNC)
+
+
+def _new_mode(task: Task, directory: Inode, mode: int) -> int:
+    """The permissions of a new file that is no directory: a group that is the directory's, and not one of the
+    caller's, is given nobody's set-group-id program, whatever the umask leaves of it (mode_strip_sgid)."""
+    mode &= 0o7777
+    if mode & 0o2010 == 0o2010 and directory.mode & st.S_ISGID:
+        creds = task.creds
+        if not in_group(directory.gid, creds) and not inode_capable(creds, directory, CAP_FSETID):
+            mode &= ~st.S_ISGID
+    return mode & ~task.fs.umask
 
 
 def _open_tmpfile(task: Task, place: Path, flags: int, mode: int) -> Any:
@@ -193,7 +204,7 @@ def _open_tmpfile(task: Task, place: Path, flags: int, mode: int) -> Any:
         raise Errno(errno.ENOTDIR)
     want_write(place.mount)
     permission(directory, MAY_WRITE | MAY_EXEC, task.creds)
-    inode = directory.temporary(mode & 0o7777 & ~task.fs.umask, task.creds)
+    inode = directory.temporary(_new_mode(task, directory, mode), task.creds)
     # A dentry that its parent does not know: unlinked from the start, with the name Linux shows.
     dentry = Dentry(b"#%d" % inode.ino, place.dentry, inode)
     file = _finish_open(task, Path(place.mount, dentry), inode, flags)
@@ -348,7 +359,7 @@ def mknod_at(task: Task, start: Path | None, path: bytes, mode: int, rdev: int) 
         and not (kind == st.S_IFCHR and rdev == 0)
     ):
         raise Errno(errno.EPERM)
-    mode = kind | (mode & 0o7777 & ~task.fs.umask)
+    mode = kind | _new_mode(task, directory, mode)
     if kind in (0, S_IFREG):
         inode = directory.create(name, S_IFREG | mode, task.creds)
     else:

@@ -1,6 +1,7 @@
 /* Edges of single calls that other people's suites lean on: which errno comes first, what a refused call leaves behind. */
 #include "proc_check.h"
 #include <fcntl.h>
+#include <grp.h>
 #include <limits.h>
 #include <linux/futex.h>
 #include <linux/kcmp.h>
@@ -215,6 +216,58 @@ static void nothing_to_flush(void)
 	close(fd);
 }
 
+/* A directory that was removed while it was open has nothing to list. */
+static void removed_directory(void)
+{
+	char name[] = "/tmp/edgesXXXXXX", entries[512];
+	int fd;
+
+	CHECK(mkdtemp(name));
+	fd = open(name, O_RDONLY | O_DIRECTORY);
+	CHECK(syscall(SYS_getdents64, fd, entries, sizeof(entries)) > 0);
+	CHECK(rmdir(name) == 0);
+	FAILS(syscall(SYS_getdents64, fd, entries, sizeof(entries)), ENOENT);
+	FAILS(syscall(SYS_getdents, fd, entries, sizeof(entries)), ENOENT);
+	close(fd);
+}
+
+/* In a set-group-id directory of a group that is not ours, no set-group-id program can be made: not even for a umask. */
+static void strangers_group(void)
+{
+	char name[] = "/tmp/edgesXXXXXX";
+	struct stat st;
+	int mask, fd;
+	pid_t pid;
+
+	CHECK(mkdtemp(name));
+	if (getuid() != 0) {
+		CHECK(rmdir(name) == 0);
+		return;
+	}
+	CHECK(chown(name, 4711, 4712) == 0 && chmod(name, 02777) == 0);
+	pid = fork();
+	if (pid == 0) {
+		CHECK(setgroups(0, NULL) == 0 && setgid(4713) == 0 && setuid(4711) == 0 && chdir(name) == 0);
+		for (mask = 0; mask <= 010; mask += 010) {
+			umask(mask);
+			fd = open("made", O_CREAT | O_EXCL | O_WRONLY, 02770);
+			CHECK(fd >= 0 && fstat(fd, &st) == 0 && close(fd) == 0);
+			CHECK(st.st_gid == 4712 && (st.st_mode & 07777) == (0770 & ~mask));
+			CHECK(unlink("made") == 0);
+			CHECK(mknod("made", S_IFREG | 02770, 0) == 0 && stat("made", &st) == 0);
+			CHECK(st.st_gid == 4712 && (st.st_mode & 07777) == (0770 & ~mask));
+			CHECK(unlink("made") == 0);
+		}
+		/* Without the group's right to execute, the bit means something else. */
+		fd = open("made", O_CREAT | O_EXCL | O_WRONLY, 02760);
+		CHECK(fd >= 0 && fstat(fd, &st) == 0 && close(fd) == 0 && (st.st_mode & 07777) == 02760);
+		CHECK(unlink("made") == 0);
+		_exit(0);
+	}
+	CHECK(status_of(pid) == 0);
+	CHECK(rmdir(name) == 0);
+}
+
 static void no_memory(void)
 {
 	char *at = mmap(NULL, 3 * 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -304,6 +357,8 @@ int main(void)
 	compared();
 	no_memory();
 	nothing_to_flush();
+	removed_directory();
+	strangers_group();
 	ends_of_watched();
 	directory_signals();
 	own_system_call();
