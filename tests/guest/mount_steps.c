@@ -97,6 +97,7 @@ int main(void)
 	CHECK(fs >= 0 && fcntl(fs, F_GETFD) == FD_CLOEXEC);
 	FAILS(config(fs, FSCONFIG_SET_STRING, "nonesuch", "1", 0), EINVAL);
 	FAILS(config(fs, FSCONFIG_SET_STRING, NULL, "1", 0), EINVAL);
+	CHECK(config(fs, FSCONFIG_SET_STRING, "async", "whatever", 0) == 0);
 	FAILS(config(fs, FSCONFIG_SET_FLAG, "ro", "1", 0), EINVAL);
 	FAILS(config(0, FSCONFIG_SET_FLAG, "ro", NULL, 0), EINVAL);
 	FAILS(config(999, FSCONFIG_SET_FLAG, "ro", NULL, 0), EBADF);
