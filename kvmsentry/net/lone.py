@@ -51,6 +51,7 @@ IFADDRMSG = struct.Struct("<BBBBI")
 SIOCGIFNAME, SIOCGIFCONF, SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCGIFADDR = 0x8910, 0x8912, 0x8913, 0x8914, 0x8915
 SIOCGIFNETMASK, SIOCGIFMTU, SIOCGIFHWADDR, SIOCGIFINDEX = 0x891B, 0x8921, 0x8927, 0x8933
 IFREQ_SIZE = 40
+FIRST_PORT = "net/ipv4/ip_unprivileged_port_start"
 
 
 class NetNamespace:
@@ -59,6 +60,10 @@ class NetNamespace:
     kind = b"net"
 
     def __init__(self, kernel: Any, user_ns: userns.UserNamespace) -> None:
+        from kvmsentry.fs.proc.sysctl import NETWORK, Sysctls
+
+        self.sysctls = Sysctls(NETWORK)
+        self.sysctls.values[FIRST_PORT] = "1024"  # PROT_SOCK: unlike the sandbox's own, which everybody may use all of
         self.user_ns, self.ns_ino, self.up = user_ns, 0, False
         self.ever_up = False
         self.ports: dict[tuple[int, int, int], LoneSocket] = {}  # by (type, family, port)
@@ -146,7 +151,8 @@ class LoneSocket(InetSocket):
         here = self.net.up and self._is_local(raw) or (len(raw) == 4 and not self.net.ever_up)
         if any(raw) and not here:
             raise Errno(errno.EADDRNOTAVAIL)
-        if 0 < port < 1024 and not userns.capable(task.creds, self.net.user_ns, cap.NET_BIND_SERVICE):
+        first = self.net.sysctls.number(FIRST_PORT)
+        if 0 < port < first and not userns.capable(task.creds, self.net.user_ns, cap.NET_BIND_SERVICE):
             raise Errno(errno.EACCES)
         if self.local is not None:
             raise Errno(errno.EINVAL)
