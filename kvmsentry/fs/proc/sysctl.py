@@ -1,5 +1,5 @@
-"""/proc/sys: the kernel's knobs; proc(5), Documentation/admin-guide/sysctl. Values live once per sandbox in `Sysctls`, but for
-those below net/, of which each network namespace has its own.
+"""/proc/sys: the kernel's knobs; proc(5), Documentation/admin-guide/sysctl. Values live once per sandbox in `Sysctls`,
+but for those below net/, of which each network namespace has its own.
 
 A row says path, first value, and who may write what: nothing (read-only), a number in a range, or text. What other
 parts of
