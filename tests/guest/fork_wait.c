@@ -60,7 +60,7 @@ static void sizes(void)
 	}
 	CHECK(wait4(pid, NULL, 0, &waited) == pid && waited.ru_maxrss >= megabytes * 1024);
 	CHECK(getrusage(RUSAGE_CHILDREN, &children) == 0 && children.ru_maxrss >= waited.ru_maxrss);
-	CHECK(getrusage(RUSAGE_SELF, &own) == 0 && own.ru_maxrss > 0 && own.ru_maxrss < megabytes * 1024);
+	CHECK(getrusage(RUSAGE_SELF, &own) == 0 && own.ru_maxrss > 0); /* perhaps the size of who executed us */
 	/* What nobody waits for is nobody's. */
 	CHECK(signal(SIGCHLD, SIG_IGN) != SIG_ERR);
 	pid = fork();
