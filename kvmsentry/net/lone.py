@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from kvmsentry.errors import Errno
 from kvmsentry.kernel import cap, userns
 from kvmsentry.net.hostsock import HostSocket, refused
-from kvmsentry.net.inet import InetSocket
+from kvmsentry.net.inet import FIRST_PORT, InetSocket
 from kvmsentry.net.netlink import NLM_F_ACK, NLM_F_REQUEST, NLMSGHDR, NetlinkSocket
 from kvmsentry.net.socket import Control, Received
 from kvmsentry.net.tables import stack_of
@@ -51,7 +51,6 @@ IFADDRMSG = struct.Struct("<BBBBI")
 SIOCGIFNAME, SIOCGIFCONF, SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCGIFADDR = 0x8910, 0x8912, 0x8913, 0x8914, 0x8915
 SIOCGIFNETMASK, SIOCGIFMTU, SIOCGIFHWADDR, SIOCGIFINDEX = 0x891B, 0x8921, 0x8927, 0x8933
 IFREQ_SIZE = 40
-FIRST_PORT = "net/ipv4/ip_unprivileged_port_start"
 
 
 class NetNamespace:

@@ -162,6 +162,17 @@ static void numbers(int home)
 	before = number(tag, NULL);
 	CHECK(!setns(here, CLONE_NEWNET));
 	CHECK(number(tag, "17") == 17 && number(first, "80") == 80);
+	pid_t pid = fork();
+	if (!pid) {
+		struct sockaddr_in low = at("0.0.0.0", 79), high = at("0.0.0.0", 80);
+		int s = socket(AF_INET, SOCK_STREAM, 0);
+
+		CHECK(!setresuid(1000, 1000, 1000));
+		FAILS(bind(s, (void *)&low, sizeof(low)), EACCES);
+		CHECK(!bind(s, (void *)&high, sizeof(high)));
+		_exit(0);
+	}
+	CHECK(status_of(pid) == 0);
 	CHECK(!setns(home, CLONE_NEWNET) && number(tag, NULL) == before);
 	CHECK(!setns(here, CLONE_NEWNET) && number(tag, NULL) == 17);
 	close(here);
