@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs.anon import AnonFile
+from kvmsentry.fs.fdtable import files_of
 from kvmsentry.fs.vfs import POLLIN, POLLRDNORM, WATCHES, File, Inode, Path
 from kvmsentry.kernel.traps import WaitQueue
 
 if TYPE_CHECKING:
     from kvmsentry.fs.dnotify import Dnotify
+    from kvmsentry.kernel.kernel import Kernel
     from kvmsentry.kernel.task import Task
 
 # uapi/linux/inotify.h
@@ -223,4 +225,15 @@ def opened(file: File) -> None:
 
 def closed(file: File) -> None:
     """The last descriptor of `file` is gone (called by File.put)."""
-    notify_place(file.path, file.inode, IN_CLOSE_WRITE if (file.flags + 1) & 2 else IN_CLOSE_NOWRITE)
+    inode = file.inode
+    notify_place(file.path, inode, IN_CLOSE_WRITE if (file.flags + 1) & 2 else IN_CLOSE_NOWRITE)
+    if not inode.nlink and inode.watches:
+        kernel = inode.__dict__.get("ends_for")
+        if kernel is not None and not any(files_of(kernel, inode)):
+            del inode.__dict__["ends_for"]
+            notify(inode, IN_DELETE_SELF)
+
+
+def end_later(inode: Inode, kernel: Kernel) -> None:
+    """The watched `inode` lost its last name while it is open: IN_DELETE_SELF comes with the last `closed`."""
+    inode.__dict__["ends_for"] = kernel

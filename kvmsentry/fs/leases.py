@@ -14,8 +14,9 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
+from kvmsentry.fs.fdtable import files_of
 from kvmsentry.fs.locks import F_RDLCK, F_UNLCK, F_WRLCK, FileLocks, ends_with, locks_of
-from kvmsentry.fs.vfs import O_ACCMODE, O_NONBLOCK, O_PATH, File, Inode
+from kvmsentry.fs.vfs import O_ACCMODE, O_NONBLOCK, File, Inode
 from kvmsentry.kernel.traps import park
 
 if TYPE_CHECKING:
@@ -114,16 +115,7 @@ def _open_elsewhere(task: Task, file: File, kind: int) -> bool:
         return inode.writers > 0
     if inode.writers != int(file.counted):
         return True
-    seen: set[int] = set()
-    for other in task.kernel.tasks.values():
-        table = other.files
-        if table is None or id(table) in seen:
-            continue
-        seen.add(id(table))
-        for each in table.files.values():
-            if each.inode is inode and each is not file and not each.flags & O_PATH:
-                return True
-    return False
+    return any(each is not file for each in files_of(task.kernel, inode))
 
 
 def break_leases(task: Task, inode: Inode, flags: int) -> Coroutine[Any, Any, None] | None:

@@ -120,11 +120,22 @@ def notify(inode: Inode, mask: int, name: bytes = b"", cookie: int = 0) -> None:
         inotify.notify(inode, mask, name, cookie)
 
 
-def _unlinked(victim: Inode) -> None:
+def _unlinked(task: Task, victim: Inode) -> None:
     """A name of `victim` went, perhaps its last: the count of links changed in any case (fsnotify_link_count)."""
     notify(victim, IN_ATTRIB | IN_ISDIR if victim.mode & S_IFMT == S_IFDIR else IN_ATTRIB)
     if not victim.nlink:
-        notify(victim, IN_DELETE_SELF)
+        _deleted(task, victim)
+
+
+def _deleted(task: Task, victim: Inode) -> None:
+    """The last name of `victim` went: its watches hear of it when nobody has it open any more."""
+    from kvmsentry.fs import inotify
+    from kvmsentry.fs.fdtable import files_of
+
+    if any(files_of(task.kernel, victim)):
+        inotify.end_later(victim, task.kernel)
+    else:
+        notify(victim, IN_DELETE_SELF)  # without IN_ISDIR, as all events of the watched file itself
 
 
 def changed(place: Path | None, inode: Inode, mask: int) -> None:
@@ -424,7 +435,7 @@ def unlink_at(task: Task, start: Path | None, path: bytes) -> None:
     directory.unlink(name, victim)
     forget(parent.dentry, name)
     if victim.watches is not None:
-        _unlinked(victim)
+        _unlinked(task, victim)
     _entry_event(directory, name, victim, IN_DELETE)
 
 
@@ -450,7 +461,7 @@ def rmdir_at(task: Task, start: Path | None, path: bytes) -> None:
     dentry.children.clear()
     forget(parent.dentry, name)
     if victim.watches is not None:
-        notify(victim, IN_DELETE_SELF)  # without IN_ISDIR, as all events of the watched file itself
+        _deleted(task, victim)
     _entry_event(directory, name, victim, IN_DELETE)
 
 
@@ -536,7 +547,7 @@ def rename_at(task: Task, old_start: Path | None, old_path: bytes, new_start: Pa
     if inode.watches is not None:
         notify(inode, IN_MOVE_SELF)
     if replaced is not None and not exchange and replaced.watches is not None:
-        _unlinked(replaced)
+        _unlinked(task, replaced)
 
 
 # -- changing

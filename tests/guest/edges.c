@@ -183,7 +183,7 @@ static void ends_of_watched(void)
 					   IN_ATTRIB, IN_DELETE_SELF, IN_IGNORED };
 	struct inotify_event events[8];
 	char name[] = "/tmp/edgesXXXXXX";
-	int fd = inotify_init1(IN_NONBLOCK);
+	int fd = inotify_init1(IN_NONBLOCK), file, again;
 	size_t i;
 
 	CHECK(mkdtemp(name) && chdir(name) == 0);
@@ -200,6 +200,16 @@ static void ends_of_watched(void)
 	CHECK(read(fd, events, sizeof(events)) == 3 * sizeof(*events));
 	for (i = 0; i < 3; i++)
 		CHECK(events[i].mask == wanted[i + 3] && events[i].len == 0);
+	/* Open, it is not gone: what is written is still told. */
+	file = open("f", O_CREAT | O_RDWR, 0600);
+	CHECK(inotify_add_watch(fd, "f", IN_MODIFY | IN_ATTRIB | IN_DELETE_SELF) > 0 && unlink("f") == 0);
+	CHECK(read(fd, events, sizeof(events)) == sizeof(*events) && events->mask == IN_ATTRIB);
+	again = dup(file);
+	CHECK(close(file) == 0 && write(again, "x", 1) == 1);
+	CHECK(read(fd, events, sizeof(events)) == sizeof(*events) && events->mask == IN_MODIFY);
+	CHECK(close(again) == 0);
+	CHECK(read(fd, events, sizeof(events)) == 2 * sizeof(*events));
+	CHECK(events[0].mask == IN_DELETE_SELF && events[1].mask == IN_IGNORED);
 	close(fd);
 	CHECK(chdir("/") == 0 && rmdir(name) == 0);
 }
