@@ -20,7 +20,7 @@ _EVENTS = {
     DN_MODIFY: inotify.IN_MODIFY,
     DN_CREATE: inotify.IN_CREATE | inotify.IN_MOVED_TO,
     DN_DELETE: inotify.IN_DELETE | inotify.IN_MOVED_FROM,
-    DN_RENAME: inotify.IN_MOVED_FROM,
+    DN_RENAME: inotify.DN_RENAMED,
     DN_ATTRIB: inotify.IN_ATTRIB,
 }
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs.vfs import O_PATH, File
+from kvmsentry.fs.vfs import O_PATH, File, Inode
+
+if TYPE_CHECKING:
+    from kvmsentry.kernel.kernel import Kernel
 
 
 class FdTable:
@@ -104,3 +109,16 @@ class FdTable:
             self.drop(self.files.pop(fd))
         self.cloexec.clear()
         self._lowest = 0
+
+
+def files_of(kernel: Kernel, inode: Inode) -> Iterator[File]:
+    """The open files of `inode` that descriptors of any task mean, O_PATH ones apart. It looks at every descriptor
+    there is: for what happens rarely."""
+    seen: set[int] = set()
+    for task in kernel.tasks.values():
+        table = task.files
+        if table is not None and id(table) not in seen:
+            seen.add(id(table))
+            for file in table.files.values():
+                if file.inode is inode and file.refs and not file.flags & O_PATH:
+                    yield file

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs.anon import AnonFile
+from kvmsentry.fs.fdtable import files_of
 from kvmsentry.fs.vfs import POLLIN, POLLRDNORM, WATCHES, File, Inode, Path
 from kvmsentry.kernel.traps import WaitQueue
 
 if TYPE_CHECKING:
     from kvmsentry.fs.dnotify import Dnotify
+    from kvmsentry.kernel.kernel import Kernel
     from kvmsentry.kernel.task import Task
 
 # uapi/linux/inotify.h
@@ -27,6 +29,7 @@ IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE, IN_DELETE_SELF, IN_MOVE_SELF =
 IN_UNMOUNT, IN_Q_OVERFLOW, IN_IGNORED = 0x2000, 0x4000, 0x8000
 IN_ONLYDIR, IN_DONT_FOLLOW, IN_EXCL_UNLINK, IN_MASK_CREATE, IN_MASK_ADD = 1 << 24, 1 << 25, 1 << 26, 1 << 28, 1 << 29
 IN_ISDIR, IN_ONESHOT = 1 << 30, 1 << 31
+DN_RENAMED = 0x10000000  # FS_RENAME of linux/fsnotify_backend.h: a rename within one directory, for dnotify only
 IN_ALL_EVENTS = 0xFFF
 ALWAYS = IN_UNMOUNT | IN_IGNORED  # told whether asked for or not
 
@@ -149,7 +152,7 @@ class InotifyFile(AnonFile):
         """A line for each mark."""
         return "".join(
             f"inotify wd:{mark.wd:x} ino:{mark.inode.ino:x} sdev:{mark.inode.sb.dev:x} "
-            f"mask:{mark.mask & IN_ALL_EVENTS:x} ignored_mask:0\n"
+            f"mask:{mark.mask & (IN_ALL_EVENTS | IN_EXCL_UNLINK | IN_ONESHOT):x} ignored_mask:0\n"
             for mark in self.marks.values()
         )
 
@@ -222,4 +225,15 @@ def opened(file: File) -> None:
 
 def closed(file: File) -> None:
     """The last descriptor of `file` is gone (called by File.put)."""
-    notify_place(file.path, file.inode, IN_CLOSE_WRITE if (file.flags + 1) & 2 else IN_CLOSE_NOWRITE)
+    inode = file.inode
+    notify_place(file.path, inode, IN_CLOSE_WRITE if (file.flags + 1) & 2 else IN_CLOSE_NOWRITE)
+    if not inode.nlink and inode.watches:
+        kernel = inode.__dict__.get("ends_for")
+        if kernel is not None and not any(files_of(kernel, inode)):
+            del inode.__dict__["ends_for"]
+            notify(inode, IN_DELETE_SELF)
+
+
+def end_later(inode: Inode, kernel: Kernel) -> None:
+    """The watched `inode` lost its last name while it is open: IN_DELETE_SELF comes with the last `closed`."""
+    inode.__dict__["ends_for"] = kernel

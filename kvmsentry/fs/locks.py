@@ -2,6 +2,7 @@
 
     inode.locks -> FileLocks: .flocks  who has flock'ed the whole file (owner: the open file description)
                               .records byte ranges, sorted; owner: the descriptor table (POSIX) or the open file (OFD)
+                              .leases  see fs/leases.py
 
 A POSIX lock's owner is the table of descriptors, as `current->files` in fs/locks.c: threads share it, a fork does not
 inherit it, and closing any descriptor of the file releases it (FdTable.drop). OFD locks and flocks end with their open
@@ -17,6 +18,7 @@ from kvmsentry.errors import Errno
 from kvmsentry.kernel.traps import WaitQueue, park
 
 if TYPE_CHECKING:
+    from kvmsentry.fs.leases import Lease
     from kvmsentry.fs.vfs import File, Inode
     from kvmsentry.kernel.task import Task
 
@@ -38,11 +40,12 @@ class Record:
 class FileLocks:
     """All locks on one inode."""
 
-    __slots__ = ("flocks", "records", "queue")
+    __slots__ = ("flocks", "records", "leases", "queue")
 
     def __init__(self) -> None:
         self.flocks: dict[Any, tuple[int, int]] = {}  # open file -> (LOCK_SH or LOCK_EX, pid)
         self.records: list[Record] = []
+        self.leases: dict[File, Lease] = {}  # fs/leases.py
         self.queue = WaitQueue()
 
     def conflict(self, owner: Any, kind: int, start: int, end: int) -> Record | None:
@@ -82,8 +85,8 @@ class FileLocks:
             self.queue.wake()
 
     def ended(self, file: File) -> None:
-        """The open file is gone: its flock and OFD locks go."""
-        if self.flocks.pop(file, None) is not None:
+        """The open file is gone: its flock, its OFD locks and its lease go."""
+        if self.flocks.pop(file, None) is not None or self.leases.pop(file, None) is not None:
             self.queue.wake()
         self.closed(file)
 
@@ -100,7 +103,8 @@ def locks_of(inode: Inode) -> FileLocks:
     return locks
 
 
-def _ends_with(file: File, locks: FileLocks) -> None:
+def ends_with(file: File, locks: FileLocks) -> None:
+    """`locks` are to be told when `file` is closed."""
     if file.endings is None:
         file.endings = {}
     file.endings[locks.ended] = None
@@ -126,7 +130,7 @@ def set_record(task: Task, file: File, owner: Any, kind: int, start: int, end: i
     """F_SETLK and F_SETLKW: 0, a coroutine that waits, or EAGAIN, EDEADLK. `owner` is `file` for OFD locks."""
     locks = locks_of(file.inode)
     if owner is file:
-        _ends_with(file, locks)
+        ends_with(file, locks)
     pid = -1 if owner is file else task.process.pid
     if kind == F_UNLCK or locks.conflict(owner, kind, start, end) is None:
         if kind == F_UNLCK and not locks.records:
@@ -172,7 +176,7 @@ def flock(task: Task, file: File, kind: int, wait: bool) -> Any:
     if had is not None and had[0] == kind:
         locks.flocks[file] = had
         return 0
-    _ends_with(file, locks)
+    ends_with(file, locks)
     if not _flock_conflict(locks, kind):
         locks.flocks[file] = (kind, task.process.pid)
         if had is not None:

@@ -24,6 +24,8 @@ from kvmsentry.fs.vfs import (
     MS_RDONLY,
     MS_REC,
     MS_REMOUNT,
+    POLLERR,
+    POLLPRI,
     Dentry,
     FsContext,
     Mount,
@@ -34,6 +36,7 @@ from kvmsentry.fs.vfs import (
     walk,
 )  # fmt: skip
 from kvmsentry.kernel.task import Credentials
+from kvmsentry.kernel.traps import WaitQueue
 from kvmsentry.kernel.userns import ROOT, UserNamespace, capable, kgid, kuid
 
 if TYPE_CHECKING:
@@ -73,12 +76,20 @@ class MountNamespace:
         self.users = 1  # tasks' FsContexts, and files that mean it
         self.permanent = False  # the first one: processes come to it from outside
         self.mounts: dict[Mount, None] = {}
+        self.changes = 0
+        self.queue = WaitQueue()  # who polls /proc/PID/mounts, fs/proc/mounttable.py
         self.add(root)
 
     def add(self, mount: Mount) -> None:
         """`mount` was attached below a mount of this namespace."""
         mount.namespace = self
         self.mounts[mount] = None
+        self.changed()
+
+    def changed(self) -> None:
+        """The table of mounts looks different now (touch_mnt_namespace)."""
+        self.changes += 1
+        self.queue.wake(POLLERR | POLLPRI)
 
     def attach(self, mount: Mount, place: Path) -> None:
         """Show `mount` at `place`; ENOSPC when there are too many."""
@@ -104,6 +115,7 @@ class MountNamespace:
         mount.detach()
         self.mounts.pop(mount, None)
         mount.namespace = None
+        self.changed()
         _put_super(mount.sb)
 
 
@@ -466,6 +478,8 @@ def remount(task: Task, place: Path, flags: int, data: bytes) -> None:
         mount.sb.configure(options)
         mount.sb.options = ",".join(f"{name}={value}" if value else name for name, value in options.items())
     mount.flags = flags & KEPT_FLAGS
+    if mount.namespace is not None:
+        mount.namespace.changed()
 
 
 def move(task: Task, place: Path, source: Path) -> None:
@@ -481,6 +495,7 @@ def move(task: Task, place: Path, source: Path) -> None:
         above = above.parent
     mount.detach()
     mount.attach(place.mount, place.dentry)
+    namespace_of(task).changed()
 
 
 def _users(task: Task, mount: Mount) -> Iterator[Path]:
@@ -545,6 +560,7 @@ def pivot_root(task: Task, new: Path, old: Path) -> None:
         old_root.attach(new_root, new_root.root)
     else:
         old_root.attach(old.mount, old.dentry)
+    namespace.changed()
     for other in task.kernel.tasks.values():  # chroot_fs_refs
         fs = other.fs
         if fs is None:

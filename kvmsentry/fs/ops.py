@@ -34,6 +34,7 @@ from kvmsentry.fs.vfs import (
     O_PATH,
     O_TMPFILE,
     O_TRUNC,
+    O_WRONLY,
     WATCHES,
     Dentry,
     File,
@@ -62,6 +63,7 @@ _O_TMPFILE = O_TMPFILE & ~O_DIRECTORY
 # inotify(7) events, uapi/linux/inotify.h
 IN_ACCESS, IN_MODIFY, IN_ATTRIB, IN_OPEN, IN_MOVED_FROM, IN_MOVED_TO = 1, 2, 4, 0x20, 0x40, 0x80
 IN_CREATE, IN_DELETE, IN_DELETE_SELF, IN_MOVE_SELF, IN_ISDIR = 0x100, 0x200, 0x400, 0x800, 0x40000000
+DN_RENAMED = 0x10000000  # a rename within one directory, fs/dnotify.py
 
 _move_cookie = 0
 
@@ -118,6 +120,24 @@ def notify(inode: Inode, mask: int, name: bytes = b"", cookie: int = 0) -> None:
         inotify.notify(inode, mask, name, cookie)
 
 
+def _unlinked(task: Task, victim: Inode) -> None:
+    """A name of `victim` went, perhaps its last: the count of links changed in any case (fsnotify_link_count)."""
+    notify(victim, IN_ATTRIB | IN_ISDIR if victim.mode & S_IFMT == S_IFDIR else IN_ATTRIB)
+    if not victim.nlink:
+        _deleted(task, victim)
+
+
+def _deleted(task: Task, victim: Inode) -> None:
+    """The last name of `victim` went: its watches hear of it when nobody has it open any more."""
+    from kvmsentry.fs import inotify
+    from kvmsentry.fs.fdtable import files_of
+
+    if any(files_of(task.kernel, victim)):
+        inotify.end_later(victim, task.kernel)
+    else:
+        notify(victim, IN_DELETE_SELF)  # without IN_ISDIR, as all events of the watched file itself
+
+
 def changed(place: Path | None, inode: Inode, mask: int) -> None:
     """Tell the inotify watches of `inode` and of the directory it was found in at `place`. Callers test WATCHES
     first."""
@@ -172,10 +192,21 @@ def open_at(task: Task, start: Path | None, path: bytes, flags: int, mode: int =
     assert directory is not None
     want_write(place.mount)
     _may_create(directory, task.creds)
-    inode = directory.create(dentry.name, mode & 0o7777 & ~task.fs.umask, task.creds)
+    inode = directory.create(dentry.name, _new_mode(task, directory, mode), task.creds)
     place = Path(place.mount, parent.add(dentry.name, inode))
     _entry_event(directory, dentry.name, inode, IN_CREATE)
     return _finish_open(task, place, inode, flags & ~O_TRUNC)
+
+
+def _new_mode(task: Task, directory: Inode, mode: int) -> int:
+    """The permissions of a new file that is no directory: a group that is the directory's, and not one of the
+    caller's, is given nobody's set-group-id program, whatever the umask leaves of it (mode_strip_sgid)."""
+    mode &= 0o7777
+    if mode & 0o2010 == 0o2010 and directory.mode & st.S_ISGID:
+        creds = task.creds
+        if not in_group(directory.gid, creds) and not inode_capable(creds, directory, CAP_FSETID):
+            mode &= ~st.S_ISGID
+    return mode & ~task.fs.umask
 
 
 def _open_tmpfile(task: Task, place: Path, flags: int, mode: int) -> Any:
@@ -184,7 +215,7 @@ def _open_tmpfile(task: Task, place: Path, flags: int, mode: int) -> Any:
         raise Errno(errno.ENOTDIR)
     want_write(place.mount)
     permission(directory, MAY_WRITE | MAY_EXEC, task.creds)
-    inode = directory.temporary(mode & 0o7777 & ~task.fs.umask, task.creds)
+    inode = directory.temporary(_new_mode(task, directory, mode), task.creds)
     # A dentry that its parent does not know: unlinked from the start, with the name Linux shows.
     dentry = Dentry(b"#%d" % inode.ino, place.dentry, inode)
     file = _finish_open(task, Path(place.mount, dentry), inode, flags)
@@ -226,6 +257,12 @@ def _finish_open(task: Task, place: Path, inode: Inode, flags: int) -> Any:
         if WATCHES and isinstance(file, File):
             changed(place, inode, IN_OPEN)
         return file
+    if inode.locks is not None:
+        from kvmsentry.fs.leases import break_leases
+
+        giving_way = break_leases(task, inode, flags)
+        if giving_way is not None:
+            return _open_later(giving_way, task, place, inode, flags)
     counted = bool(flags & 3)
     if counted or flags & O_TRUNC:
         if inode.writers < 0:
@@ -249,6 +286,12 @@ def _finish_open(task: Task, place: Path, inode: Inode, flags: int) -> Any:
             changed(place, inode, IN_OPEN)
         return file
     return _count_later(file, inode, counted)
+
+
+async def _open_later(giving_way: Coroutine[Any, Any, None], task: Task, place: Path, inode: Inode, flags: int) -> File:
+    await giving_way
+    file: Any = _finish_open(task, place, inode, flags)
+    return file if isinstance(file, File) else await file
 
 
 async def _count_later(opening: Coroutine[Any, Any, File], inode: Inode, counted: bool) -> File:
@@ -327,7 +370,7 @@ def mknod_at(task: Task, start: Path | None, path: bytes, mode: int, rdev: int) 
         and not (kind == st.S_IFCHR and rdev == 0)
     ):
         raise Errno(errno.EPERM)
-    mode = kind | (mode & 0o7777 & ~task.fs.umask)
+    mode = kind | _new_mode(task, directory, mode)
     if kind in (0, S_IFREG):
         inode = directory.create(name, S_IFREG | mode, task.creds)
     else:
@@ -392,7 +435,7 @@ def unlink_at(task: Task, start: Path | None, path: bytes) -> None:
     directory.unlink(name, victim)
     forget(parent.dentry, name)
     if victim.watches is not None:
-        notify(victim, IN_ATTRIB if victim.nlink else IN_DELETE_SELF)
+        _unlinked(task, victim)
     _entry_event(directory, name, victim, IN_DELETE)
 
 
@@ -418,7 +461,7 @@ def rmdir_at(task: Task, start: Path | None, path: bytes) -> None:
     dentry.children.clear()
     forget(parent.dentry, name)
     if victim.watches is not None:
-        notify(victim, IN_DELETE_SELF | IN_ISDIR)
+        _deleted(task, victim)
     _entry_event(directory, name, victim, IN_DELETE)
 
 
@@ -499,10 +542,12 @@ def rename_at(task: Task, old_start: Path | None, old_path: bytes, new_start: Pa
         _move_cookie += 1
         _entry_event(old_dir, old_name, inode, IN_MOVED_FROM, _move_cookie)
         _entry_event(new_dir, new_name, inode, IN_MOVED_TO, _move_cookie)
+        if old_dir is new_dir:
+            notify(old_dir, DN_RENAMED)
     if inode.watches is not None:
         notify(inode, IN_MOVE_SELF)
     if replaced is not None and not exchange and replaced.watches is not None:
-        notify(replaced, IN_ATTRIB if replaced.nlink else IN_DELETE_SELF)
+        _unlinked(task, replaced)
 
 
 # -- changing
@@ -577,8 +622,8 @@ def strip_set_id(task: Task, inode: Inode) -> None:
         filecaps.drop(inode)
 
 
-def truncate_at(task: Task, path: bytes, size: int) -> None:
-    """truncate(2)."""
+def truncate_at(task: Task, path: bytes, size: int) -> Any:
+    """truncate(2): 0, or a coroutine while a lease is in the way."""
     if size < 0:
         raise Errno(errno.EINVAL)
     place = walk(task, path)
@@ -591,10 +636,28 @@ def truncate_at(task: Task, path: bytes, size: int) -> None:
     permission(inode, MAY_WRITE, task.creds)
     if inode.writers < 0:
         raise Errno(errno.ETXTBSY)
+    if inode.locks is not None:
+        from kvmsentry.fs.leases import break_leases
+
+        giving_way = break_leases(task, inode, O_WRONLY)
+        if giving_way is not None:
+            return _truncate_later(giving_way, task, place, inode, size)
+    return _truncate(task, place, inode, size)
+
+
+async def _truncate_later(
+    giving_way: Coroutine[Any, Any, None], task: Task, place: Path, inode: Inode, size: int
+) -> int:
+    await giving_way
+    return _truncate(task, place, inode, size)
+
+
+def _truncate(task: Task, place: Path, inode: Inode, size: int) -> int:
     inode.truncate(size)
     strip_set_id(task, inode)
     if WATCHES:
         changed(place, inode, IN_MODIFY)
+    return 0
 
 
 def access(task: Task, place: Path, mask: int, creds: Credentials) -> None:

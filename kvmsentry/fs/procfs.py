@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs.proc import idmaps, links, mapfiles, memory, net, process, sysctl, system
+from kvmsentry.fs.proc import idmaps, links, mapfiles, memory, mounttable, net, process, sysctl, system
 from kvmsentry.fs.proc.nodes import KernelSuper, LinkInode, TextInode, TreeInode
 from kvmsentry.fs.vfs import DT_DIR, DT_LNK, DT_REG, Inode, SuperBlock
 
@@ -49,9 +49,6 @@ FILES: dict[bytes, tuple[int, Show, Take | None]] = {
     b"limits": (0o444, process.limits, None),
     b"loginuid": (0o644, process.loginuid, process.set_loginuid),
     b"maps": (0o444, memory.maps, None),
-    b"mountinfo": (0o444, process.mountinfo, None),
-    b"mounts": (0o444, process.mounts, None),
-    b"mountstats": (0o400, process.mountstats, None),
     b"oom_adj": (0o644, process.oom_adj, process.set_oom_adj),
     b"oom_score": (0o444, process.oom_score, None),
     b"oom_score_adj": (0o644, process.oom_score_adj, process.set_oom_score_adj),
@@ -67,6 +64,11 @@ FILES: dict[bytes, tuple[int, Show, Take | None]] = {
     b"timers": (0o444, process.timers, None),
     b"timerslack_ns": (0o666, process.timerslack, process.set_timerslack),
     b"wchan": (0o444, process.wchan, None),
+}
+_MOUNTS: dict[bytes, tuple[int, Show]] = {
+    b"mountinfo": (0o444, process.mountinfo),
+    b"mounts": (0o444, process.mounts),
+    b"mountstats": (0o400, process.mountstats),
 }
 _NUMBERED = {b"stat": process.stat, b"status": process.status}  # they show pids: those of the mount's namespace
 _ONLY_PROCESS = frozenset((*idmaps.NAMES, b"mountstats", b"coredump_filter", b"timers", b"timerslack_ns"))
@@ -128,6 +130,9 @@ class ProcessInode(Inode):
         row = FILES.get(name)
         if row is not None and not (self.task is not None and name in _ONLY_PROCESS):
             return _text(sb, target, row)
+        if name in _MOUNTS and not (self.task is not None and name in _ONLY_PROCESS):
+            mode, show = _MOUNTS[name]
+            return mounttable.MountsInode(sb, target, show, mode)
         if name in _NUMBERED:
             return _numbered(sb, target, _NUMBERED[name], name == b"stat" and self.task is not None)
         if name in idmaps.NAMES and self.task is None:
@@ -157,10 +162,10 @@ class ProcessInode(Inode):
         names = [*((name, DT_DIR) for name in _DIRECTORIES), *((name, DT_LNK) for name in _LINKS), (b"mem", DT_REG)]
         if self.task is None:
             names += [(b"task", DT_DIR), (b"map_files", DT_DIR)]
-            names += [(name, DT_REG) for name in (*FILES, *_NUMBERED, *idmaps.NAMES)]
+            names += [(name, DT_REG) for name in (*FILES, *_MOUNTS, *_NUMBERED, *idmaps.NAMES)]
         else:
             names.append((b"children", DT_REG))
-            names += [(name, DT_REG) for name in (*FILES, *_NUMBERED) if name not in _ONLY_PROCESS]
+            names += [(name, DT_REG) for name in (*FILES, *_MOUNTS, *_NUMBERED) if name not in _ONLY_PROCESS]
         for name, kind in names:
             yield name, self.lookup(name).ino, kind
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from kvmsentry.errors import Errno
 from kvmsentry.fs.pages import PAGE, PageStore, Pool
 from kvmsentry.fs.vfs import O_NOATIME, File, Inode, Path, SuperBlock, path_of, without_set_id
-from kvmsentry.kernel.userns import inode_capable
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.kernel import Kernel
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 TMPFS_MAGIC = 0x01021994  # uapi/linux/magic.h
 MAX_FILE = (1 << 63) - 1  # MAX_LFS_FILESIZE
-CAP_FSETID = 4  # uapi/linux/capability.h
 
 FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_NO_HIDE_STALE = 1, 2, 4  # uapi/linux/falloc.h
 FALLOC_COLLAPSE_RANGE, FALLOC_ZERO_RANGE, FALLOC_INSERT_RANGE, FALLOC_UNSHARE_RANGE = 8, 16, 32, 64
@@ -214,13 +212,6 @@ class TmpInode(Inode):
             gid = self.gid
             if mode & 0o170000 == st.S_IFDIR:
                 mode |= st.S_ISGID
-            elif (
-                mode & 0o2010 == 0o2010
-                and gid != creds.fsgid
-                and gid not in creds.groups
-                and not inode_capable(creds, self, CAP_FSETID)
-            ):
-                mode &= ~st.S_ISGID
         inode = self.sb.new_inode(mode, creds.fsuid, gid)
         names[name] = inode
         self._changed(1)

@@ -436,6 +436,7 @@ def _switch(task: Task, new: _New) -> None:
     old_mm = task.mm
     if old_mm is not None:
         exit.release_mm(task)
+        process.peak_pages = max(process.peak_pages, old_mm.peak_pages)
         old_mm.users -= 1
         if not old_mm.users:
             # The vCPU leaves the old tables only with the reload that follows this call.

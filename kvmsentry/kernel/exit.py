@@ -128,6 +128,8 @@ def drop_mm(task: Task) -> None:
     """One user less of the address space; the last one destroys it."""
     mm, task.mm = task.mm, None
     if mm is not None:
+        process = task.process
+        process.peak_pages = max(process.peak_pages, mm.peak_pages)
         mm.users -= 1
         if not mm.users:
             mm.destroy()
@@ -334,14 +336,17 @@ def clock_ticks(ns: int) -> int:
     return ns // 10_000_000
 
 
-def reap(process: Process) -> None:
-    """Forget a zombie: its pid may be used again."""
+def reap(process: Process, waited: bool = False) -> None:
+    """Forget a zombie: its pid may be used again. What it used is its parent's children's only if the parent `waited`
+    for it."""
     kernel = process.kernel
     parent = process.parent
     if parent is not None:
         parent.children.pop(process.pid, None)
+    if parent is not None and waited:
         parent.children_user += cputime.of_process(process) + process.children_user
         parent.children_system += process.children_system
+        parent.children_peak_pages = max(parent.children_peak_pages, process.peak_pages, process.children_peak_pages)
     kernel.processes.pop(process.pid, None)
     if process.numbers:
         pidns.leave_process(process)
@@ -365,9 +370,10 @@ def leave_group(process: Process) -> None:
 
 # -- waiting --
 class Found:
-    """What a wait found: of whom, si_code, si_status, the wait status, and the child's own and its children's times."""
+    """What a wait found: of whom, si_code, si_status, the wait status, the child's own and its children's times, and
+    the most pages any of them had."""
 
-    __slots__ = ("pid", "uid", "code", "value", "status", "user", "system")
+    __slots__ = ("pid", "uid", "code", "value", "status", "user", "system", "peak_pages")
 
     def __init__(self, child: Process, code: int, value: int, status: int) -> None:
         self.pid, self.uid = child.pid, child.leader.creds.uid
@@ -377,6 +383,9 @@ class Found:
         self.code, self.value, self.status = code, value, status
         self.user = cputime.of_process(child) + child.children_user
         self.system = child.children_system
+        self.peak_pages = max(child.peak_pages, child.children_peak_pages)
+        if not child.zombie and child.leader.mm is not None:
+            self.peak_pages = max(self.peak_pages, child.leader.mm.peak_pages)
 
     def _tell(self, child: Process, parent: Process | None) -> None:
         """Pid and uid as the parent knows them."""
@@ -410,7 +419,7 @@ def find(task: Task, match: Callable[[Process], bool] | None, options: int) -> F
                 code, value = describe(child.exit_code)
                 found = Found(child, code, value, child.exit_code)
                 if not options & WNOWAIT:
-                    reap(child)
+                    reap(child, waited=True)
                 return found
             continue
         report = child.stop_report

@@ -642,7 +642,7 @@ def _reap_or_pass_on(task: Task, process: Process) -> None:
 
     parent = process.parent
     if parent is None or parent is task.process:
-        exit_.reap(process)
+        exit_.reap(process, waited=True)
     else:
         exit_.tell_parent(process, parent)
 

@@ -184,6 +184,7 @@ class Process:
         self.no_new_privs = False
         self.start_time = kernel.now()  # ns, monotonic
         self.children_user = self.children_system = 0  # ns, of waited-for children (times(2))
+        self.peak_pages = self.children_peak_pages = 0  # most ever resident: of former programs; of waited-for children
         self.timers: dict[int, Any] = {}  # POSIX timers by id
         self.itimers: list[Any] = [None, None, None]
         self.personality = 0

@@ -60,6 +60,7 @@ class Pages:
         self.tree = VmaTree()
         self.users = 1
         self.rss_pages = 0  # entries present
+        self._most_pages = 0  # the most there were before the last time some went; see peak_pages
         self.total_pages = 0  # in VMAs
         self.data_pages = 0  # of them private and writable, not stack (RLIMIT_DATA)
         self.locked_pages = 0
@@ -75,6 +76,11 @@ class Pages:
         self._drops: list[Any] = []  # backings to drop after the next flush
         self._spurious = -1  # page of the last fault that found nothing wrong
 
+    @property
+    def peak_pages(self) -> int:
+        """The most pages that were ever resident (hiwater_rss): noted when some go, not when they come."""
+        return max(self._most_pages, self.rss_pages)
+
     # -- removing
 
     def _zap(self, start: int, end: int) -> None:
@@ -82,6 +88,8 @@ class Pages:
         removed = self.mmu.unmap_raw(start, end - start)
         if removed:
             pending = self._pending
+            if self.rss_pages > self._most_pages:
+                self._most_pages = self.rss_pages
             for _va, entry, pages in removed:
                 self.rss_pages -= pages
                 if entry & OWNED:

@@ -10,6 +10,7 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
+from kvmsentry.fs.proc.sysctl import sysctl
 from kvmsentry.kernel import cap
 from kvmsentry.kernel.namespaces import Simple
 from kvmsentry.net import options
@@ -33,6 +34,8 @@ _PROTOCOLS = {
     abi.SOCK_STREAM: (0, IPPROTO_TCP),
     abi.SOCK_DGRAM: (0, IPPROTO_UDP, IPPROTO_UDPLITE),
 }
+FIRST_PORT = "net/ipv4/ip_unprivileged_port_start"
+_LEVELS = {abi.SOCK_STREAM: abi.SOL_TCP, abi.SOCK_DGRAM: abi.SOL_UDP, abi.SOCK_RAW: abi.SOL_RAW}
 
 
 class InetSocket(HostSocket):
@@ -51,6 +54,14 @@ class InetSocket(HostSocket):
         super().release()
 
     # -- names -------------------------------------------------------------------------------------------------------
+    def bind(self, task: Task, name: bytes) -> None:
+        """bind(2): EACCES below ip_unprivileged_port_start, which is 0 until somebody sets it."""
+        first = sysctl(task.kernel).number(FIRST_PORT)
+        if first and self.kind in (abi.SOCK_STREAM, abi.SOCK_DGRAM) and 0 < self.address(name)[1] < first:
+            if not task.creds.capable(cap.NET_BIND_SERVICE):
+                raise Errno(errno.EACCES)
+        super().bind(task, name)
+
     def address(self, name: bytes) -> Any:
         """(host, port[, flow, scope]); EINVAL for short ones, EAFNOSUPPORT for another family."""
         family = abi.FAMILY.unpack_from(name)[0]
@@ -155,7 +166,8 @@ class InetSocket(HostSocket):
                 return abi.INT.pack(0)
         directions, most = options.OPTIONS.get((level, name), (0, 0))
         if not directions & options.GET:
-            raise Errno(errno.ENOPROTOOPT)
+            foreign = self.family == abi.AF_INET and level not in (abi.SOL_SOCKET, abi.SOL_IP, _LEVELS.get(self.kind))
+            raise Errno(errno.EOPNOTSUPP if foreign else errno.ENOPROTOOPT)  # do_ip_getsockopt
         if not size:
             return b""
         try:

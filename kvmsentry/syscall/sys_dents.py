@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import time
 
+from kvmsentry.errors import Errno
 from kvmsentry.fs.vfs import O_NOATIME, File
 from kvmsentry.kernel.task import Task
 from kvmsentry.syscall.abi_fs import DIRENT, DIRENT64
@@ -17,7 +18,7 @@ _MOST = 1 << 20  # bytes handed out by one call
 
 
 def _snapshot(file: File) -> list[tuple[bytes, int, int]]:
-    """The entries of an open directory; `.` and `..` first. ENOTDIR; ENOENT when it was removed."""
+    """The entries of an open directory; `.` and `..` first. ENOTDIR."""
     inode = file.inode
     if inode.mode & 0o170000 != 0o040000:
         raise NotADirectoryError
@@ -26,8 +27,7 @@ def _snapshot(file: File) -> list[tuple[bytes, int, int]]:
     if place is not None and place.dentry is not place.mount.root:
         parent = place.dentry.parent.inode or inode
     entries = [(b".", inode.ino, 4), (b"..", parent.ino, 4)]
-    if inode.nlink:
-        entries += inode.readdir()
+    entries += inode.readdir()
     if inode.atime <= inode.mtime and not file.flags & O_NOATIME and inode.sb.caching and not inode.sb.readonly:
         inode.atime = time.time_ns()  # relatime, in memory only
     return entries
@@ -35,6 +35,8 @@ def _snapshot(file: File) -> list[tuple[bytes, int, int]]:
 
 def _entries(task: Task, fd: int) -> tuple[File, list[tuple[bytes, int, int]]]:
     file = task.files.get_io(fd)
+    if not file.inode.nlink and file.inode.mode & 0o170000 == 0o040000:
+        raise Errno(errno.ENOENT)  # removed (IS_DEADDIR)
     entries = file.cursor
     if entries is None or file.pos == 0:
         entries = file.cursor = _snapshot(file)

@@ -10,11 +10,12 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs import dnotify, locks
+from kvmsentry.fs import dnotify, leases, locks
 from kvmsentry.fs.inotify import modified
 from kvmsentry.fs.memfd import F_SEAL_EXEC, is_memfd, mapped_writable
 from kvmsentry.fs.ops import owner_or_capable
 from kvmsentry.fs.pipe import PipeFile
+from kvmsentry.fs.proc.sysctl import sysctl
 from kvmsentry.fs.tmpfs import (
     F_SEAL_FUTURE_WRITE,
     F_SEAL_GROW,
@@ -29,7 +30,7 @@ from kvmsentry.kernel.hostwork import on_host
 from kvmsentry.kernel.pidns import PidNamespace
 from kvmsentry.kernel.task import RLIM_INFINITY, RLIMIT_FSIZE, RLIMIT_NOFILE, SigInfo
 from kvmsentry.kernel.traps import Pace
-from kvmsentry.kernel.userns import shown_uid
+from kvmsentry.kernel.userns import inode_capable, shown_uid
 from kvmsentry.syscall.sys_io import LONG, install, limit_size, writable
 from kvmsentry.syscall.table import Fd, Int, Offset, Size, UInt, ULong, syscall
 
@@ -59,6 +60,7 @@ POLL_MSG_BAND = 0x441  # band_table in fs/fcntl.c: POLLIN | POLLRDNORM | POLLMSG
 CAP_FOWNER, CAP_LEASE = 3, 28
 
 _flock = struct.Struct("<hhxxxxqqi4x")  # struct flock: type, whence, start, len, pid
+_short = struct.Struct("<h")
 _int = struct.Struct("<i")
 _two_ints = struct.Struct("<ii")
 _long = struct.Struct("<q")
@@ -140,7 +142,7 @@ def _end_async(file: File) -> None:
 
 
 # -- fcntl -----------------------------------------------------------------------------------------------------
-@syscall(72, partial="no leases, write hints are forgotten")
+@syscall(72, partial="write hints are forgotten; execve(2) breaks no lease, F_WRLCK overlooks mappings")
 def fcntl(task: Task, fd: Fd, command: UInt, arg: ULong) -> Any:
     """fcntl(2)."""
     table = task.files
@@ -179,11 +181,9 @@ def fcntl(task: Task, fd: Fd, command: UInt, arg: ULong) -> Any:
             ownership(task, file, fd, F_SETOWN, task.process.vpid)
         return 0
     if command == F_GETLEASE:
-        return locks.F_UNLCK
-    if command == F_SETLEASE:  # as on a file system that has none; unlocking what isn't there is EAGAIN
-        if task.creds.fsuid != file.inode.uid and not task.creds.capable(CAP_LEASE):
-            raise Errno(errno.EACCES)
-        raise Errno(errno.EAGAIN if arg == locks.F_UNLCK and st.S_ISREG(file.inode.mode) else errno.EINVAL)
+        return leases.get(task, file)
+    if command == F_SETLEASE:
+        return set_lease(task, file, fd, arg & 0xFFFFFFFF)
     if command in (F_GET_RW_HINT, F_GET_FILE_RW_HINT):
         task.mm.write(arg, bytes(8))
         return 0
@@ -274,6 +274,23 @@ def _shown_owner(task: Task, owner: Owner) -> int:
     return space.pid_of(kernel.processes.get(owner.id))
 
 
+def set_lease(task: Task, file: File, fd: int, kind: int) -> int:
+    """F_SETLEASE: EINVAL, EACCES for another's file, EAGAIN."""
+    if kind not in (locks.F_RDLCK, locks.F_WRLCK, locks.F_UNLCK):
+        raise Errno(errno.EINVAL)
+    if task.creds.fsuid != file.inode.uid and not inode_capable(task.creds, file.inode, CAP_LEASE):
+        raise Errno(errno.EACCES)
+    if not st.S_ISREG(file.inode.mode) or not sysctl(task.kernel).number("fs/leases-enable"):
+        raise Errno(errno.EINVAL)
+    if kind == locks.F_UNLCK:
+        leases.release(task, file)
+        return 0
+    leases.take(task, file, kind, lambda: AsyncNotice(file, task.kernel).send(POLL_MSG, POLL_MSG_BAND))
+    if file.owner is None or not file.owner.id:
+        ownership(task, file, fd, F_SETOWN, task.process.vpid)
+    return 0
+
+
 def record_lock(task: Task, file: File, command: int, arg: int) -> Any:
     """F_GETLK, F_SETLK, F_SETLKW and their OFD kin."""
     kind, whence, start, length, pid = _flock.unpack(task.mm.read(arg, _flock.size))
@@ -305,14 +322,13 @@ def record_lock(task: Task, file: File, command: int, arg: int) -> Any:
         held = file.inode.locks
         record = held.conflict(owner, kind, start, end) if held is not None else None
         if record is None:
-            answer = _flock.pack(locks.F_UNLCK, whence, start, length, pid)
-        else:
-            span = record.end - record.start if record.end != locks.END else 0
-            holder = record.pid
-            if task.process.numbers and holder > 0:
-                holder = task.process.pid_ns.pid_of(task.kernel.processes.get(holder))
-            answer = _flock.pack(record.kind, 0, record.start, span, holder)
-        task.mm.write(arg, answer)
+            task.mm.write(arg, _short.pack(locks.F_UNLCK))  # the rest of the structure stays as it came
+            return 0
+        span = record.end - record.start if record.end != locks.END else 0
+        holder = record.pid
+        if task.process.numbers and holder > 0:
+            holder = task.process.pid_ns.pid_of(task.kernel.processes.get(holder))
+        task.mm.write(arg, _flock.pack(record.kind, 0, record.start, span, holder))
         return 0
     if (kind == locks.F_RDLCK and not file.readable) or (kind == locks.F_WRLCK and not file.writable):
         raise Errno(errno.EBADF)
@@ -406,6 +422,8 @@ def _sync(task: Task, file: File, flush: Callable[[int], None]) -> Any:
     """A file on the host is flushed on another thread: the disk takes its time."""
     host = file.sync_fd()
     if host < 0:
+        if file.inode.mode & 0o170000 not in (st.S_IFREG, st.S_IFDIR, st.S_IFBLK):
+            raise Errno(errno.EINVAL)  # neither devices nor pipes have anything to flush
         file.fsync()
         return 0
     try:

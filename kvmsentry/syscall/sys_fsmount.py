@@ -85,9 +85,7 @@ class ContextFile(AnonFile):
             if value is None or self.source:
                 raise Errno(errno.EINVAL)
             self.source = value
-        elif key in SUPER_FLAGS:
-            if value is not None:
-                raise Errno(errno.EINVAL)
+        elif key in SUPER_FLAGS:  # with a value or without: Linux looks at the name alone (vfs_parse_sb_flag)
             if key in ("ro", "rw"):
                 self.readonly = key == "ro"
         elif key in OPTIONS.get(self.fstype, ()):
@@ -338,4 +336,6 @@ def mount_setattr(task: Task, dirfd: DirFd, pathname: Path, flags: UInt, uattr: 
         return -errno.EPERM  # can_change_locked_flags
     for each in changed:
         each.flags = each.flags & ~remove | add
+    if mount.namespace is not None:
+        mount.namespace.changed()
     return 0

@@ -242,6 +242,11 @@ def set_mempolicy(task: Task, mode: Int, nodemask: UserPtr, maxnode: ULong) -> i
 def get_mempolicy(task: Task, policy: UserPtr, nodemask: UserPtr, maxnode: ULong, addr: UserPtr, flags: ULong) -> int:
     if flags & ~7 or (flags & MPOL_F_MEMS_ALLOWED and flags & 3) or (nodemask and not maxnode):
         return -errno.EINVAL
+    if flags & MPOL_F_ADDR:
+        if task.mm.tree.find(addr) is None:
+            return -errno.EFAULT
+    elif addr and not flags & MPOL_F_MEMS_ALLOWED:
+        return -errno.EINVAL
     mode, nodes = getattr(task, "mempolicy", (MPOL_DEFAULT, 0))
     if flags & MPOL_F_MEMS_ALLOWED:
         nodes = 1

@@ -561,8 +561,7 @@ def utime(task: Task, filename: Path, times: UserPtr) -> int:
 def truncate(task: Task, pathname: Path, length: Offset) -> Any:
     if length > task.rlimit(RLIMIT_FSIZE):
         return _file_size_signal(task)
-    ops.truncate_at(task, task.mm.read_cstring(pathname, PATH_MAX), length)
-    return 0
+    return ops.truncate_at(task, task.mm.read_cstring(pathname, PATH_MAX), length)
 
 
 def _file_size_signal(task: Task) -> int:

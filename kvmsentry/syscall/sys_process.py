@@ -225,7 +225,7 @@ def _wait4_answer(task: Task, found: Found, status: int, usage: int) -> int:
     if status:
         task.mm.write_u32(status, found.status)
     if usage:
-        task.mm.write(usage, _rusage(found.user, found.system, 0))
+        task.mm.write(usage, _rusage(found.user, found.system, found.peak_pages))
     return found.pid
 
 
@@ -273,7 +273,7 @@ async def _waitid_sleep(task: Task, match: Any, options: int, info: int, usage: 
 
 def _waitid_answer(task: Task, found: Found | None, info: int, usage: int) -> int:
     if found is not None and usage:
-        task.mm.write(usage, _rusage(found.user, found.system, 0))
+        task.mm.write(usage, _rusage(found.user, found.system, found.peak_pages))
     if info:
         if found is None:
             data = SIGINFO_WAIT.pack(0, 0, 0, 0, 0, 0)
@@ -284,21 +284,22 @@ def _waitid_answer(task: Task, found: Found | None, info: int, usage: int) -> in
 
 
 # -- times --
-def _rusage(user: int, system: int, maxrss: int) -> bytes:
+def _rusage(user: int, system: int, peak_pages: int) -> bytes:
+    seconds, system_seconds, peak = user // 10**9, system // 10**9, peak_pages * 4
     return RUSAGE.pack(
-        user // 10**9, user // 1000 % 10**6, system // 10**9, system // 1000 % 10**6, maxrss, *(0 for _ in range(11))
+        seconds, user // 1000 % 10**6, system_seconds, system // 1000 % 10**6, peak, *(0 for _ in range(11))
     )
 
 
-@syscall(98, partial="times and the present resident size; counts of faults and switches are 0")
+@syscall(98, partial="times and the largest resident size; counts of faults and switches are 0")
 def getrusage(task: Task, who: Int, usage: UserPtr) -> int:
     process = task.process
     if who == RUSAGE_SELF:
-        data = _rusage(cputime.of_process(process), 0, task.mm.rss_pages * 4)
+        data = _rusage(cputime.of_process(process), 0, max(process.peak_pages, task.mm.peak_pages))
     elif who == RUSAGE_CHILDREN:
-        data = _rusage(process.children_user, process.children_system, 0)
+        data = _rusage(process.children_user, process.children_system, process.children_peak_pages)
     elif who == RUSAGE_THREAD:
-        data = _rusage(cputime.of_task(task), 0, task.mm.rss_pages * 4)
+        data = _rusage(cputime.of_task(task), 0, max(process.peak_pages, task.mm.peak_pages))
     else:
         return -errno.EINVAL
     task.mm.write(usage, data)

@@ -1,11 +1,13 @@
 /* Edges of single calls that other people's suites lean on: which errno comes first, what a refused call leaves behind. */
 #include "proc_check.h"
 #include <fcntl.h>
+#include <grp.h>
 #include <limits.h>
 #include <linux/futex.h>
 #include <linux/kcmp.h>
 #include <pthread.h>
 #include <sched.h>
+#include <sys/inotify.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
@@ -161,10 +163,121 @@ static void directory_signals(void)
 	CHECK(fcntl(fd, F_NOTIFY, DN_DELETE | DN_MULTISHOT) == 0);
 	close(fd);
 	CHECK(unlink("f") == 0 && told == 5);
+	/* A rename is one only within the directory. */
+	CHECK(mkdir("below", 0700) == 0);
+	touch("moved");
+	fd = open(".", O_RDONLY);
+	CHECK(fcntl(fd, F_SETSIG, SIGRTMIN) == 0 && fcntl(fd, F_NOTIFY, DN_RENAME | DN_MULTISHOT) == 0);
+	CHECK(rename("moved", "below/moved") == 0 && rename("below/moved", "moved") == 0 && told == 5);
+	CHECK(rename("moved", "again") == 0 && told == 6);
+	close(fd);
+	CHECK(unlink("again") == 0 && rmdir("below") == 0);
 	CHECK(chdir("/") == 0 && rmdir(name) == 0);
 }
 
 /* A length of 0 in the middle of a mapping is nothing to do. */
+/* Events of the watched file itself: its links are counted, and no directory is called one. */
+static void ends_of_watched(void)
+{
+	static const uint32_t wanted[] = { IN_DELETE_SELF, IN_IGNORED, IN_ATTRIB,
+					   IN_ATTRIB, IN_DELETE_SELF, IN_IGNORED };
+	struct inotify_event events[8];
+	char name[] = "/tmp/edgesXXXXXX";
+	int fd = inotify_init1(IN_NONBLOCK), file, again;
+	size_t i;
+
+	CHECK(mkdtemp(name) && chdir(name) == 0);
+	CHECK(mkdir("d", 0700) == 0);
+	touch("f");
+	CHECK(inotify_add_watch(fd, "d", IN_ALL_EVENTS & ~(IN_OPEN | IN_CLOSE)) > 0);
+	CHECK(inotify_add_watch(fd, "f", IN_ALL_EVENTS & ~(IN_OPEN | IN_CLOSE)) > 0);
+	CHECK(rmdir("d") == 0 && link("f", "g") == 0);
+	CHECK(read(fd, events, sizeof(events)) == 3 * sizeof(*events));
+	for (i = 0; i < 3; i++)
+		CHECK(events[i].mask == wanted[i] && events[i].len == 0);
+	CHECK(unlink("g") == 0 && read(fd, events, sizeof(events)) == sizeof(*events) && events->mask == IN_ATTRIB);
+	CHECK(unlink("f") == 0);
+	CHECK(read(fd, events, sizeof(events)) == 3 * sizeof(*events));
+	for (i = 0; i < 3; i++)
+		CHECK(events[i].mask == wanted[i + 3] && events[i].len == 0);
+	/* Open, it is not gone: what is written is still told. */
+	file = open("f", O_CREAT | O_RDWR, 0600);
+	CHECK(inotify_add_watch(fd, "f", IN_MODIFY | IN_ATTRIB | IN_DELETE_SELF) > 0 && unlink("f") == 0);
+	CHECK(read(fd, events, sizeof(events)) == sizeof(*events) && events->mask == IN_ATTRIB);
+	again = dup(file);
+	CHECK(close(file) == 0 && write(again, "x", 1) == 1);
+	CHECK(read(fd, events, sizeof(events)) == sizeof(*events) && events->mask == IN_MODIFY);
+	CHECK(close(again) == 0);
+	CHECK(read(fd, events, sizeof(events)) == 2 * sizeof(*events));
+	CHECK(events[0].mask == IN_DELETE_SELF && events[1].mask == IN_IGNORED);
+	close(fd);
+	CHECK(chdir("/") == 0 && rmdir(name) == 0);
+}
+
+static void nothing_to_flush(void)
+{
+	int fd = open("/dev/null", O_RDWR);
+
+	FAILS(fsync(fd), EINVAL);
+	FAILS(fdatasync(fd), EINVAL);
+	close(fd);
+	fd = open("/tmp", O_RDONLY | O_DIRECTORY);
+	CHECK(fsync(fd) == 0);
+	close(fd);
+}
+
+/* A directory that was removed while it was open has nothing to list. */
+static void removed_directory(void)
+{
+	char name[] = "/tmp/edgesXXXXXX", entries[512];
+	int fd;
+
+	CHECK(mkdtemp(name));
+	fd = open(name, O_RDONLY | O_DIRECTORY);
+	CHECK(syscall(SYS_getdents64, fd, entries, sizeof(entries)) > 0);
+	CHECK(rmdir(name) == 0);
+	FAILS(syscall(SYS_getdents64, fd, entries, sizeof(entries)), ENOENT);
+	FAILS(syscall(SYS_getdents, fd, entries, sizeof(entries)), ENOENT);
+	close(fd);
+}
+
+/* In a set-group-id directory of a group that is not ours, no set-group-id program can be made: not even for a umask. */
+static void strangers_group(void)
+{
+	char name[] = "/tmp/edgesXXXXXX";
+	struct stat st;
+	int mask, fd;
+	pid_t pid;
+
+	CHECK(mkdtemp(name));
+	if (getuid() != 0) {
+		CHECK(rmdir(name) == 0);
+		return;
+	}
+	CHECK(chown(name, 4711, 4712) == 0 && chmod(name, 02777) == 0);
+	pid = fork();
+	if (pid == 0) {
+		CHECK(setgroups(0, NULL) == 0 && setgid(4713) == 0 && setuid(4711) == 0 && chdir(name) == 0);
+		for (mask = 0; mask <= 010; mask += 010) {
+			umask(mask);
+			fd = open("made", O_CREAT | O_EXCL | O_WRONLY, 02770);
+			CHECK(fd >= 0 && fstat(fd, &st) == 0 && close(fd) == 0);
+			CHECK(st.st_gid == 4712 && (st.st_mode & 07777) == (0770 & ~mask));
+			CHECK(unlink("made") == 0);
+			CHECK(mknod("made", S_IFREG | 02770, 0) == 0 && stat("made", &st) == 0);
+			CHECK(st.st_gid == 4712 && (st.st_mode & 07777) == (0770 & ~mask));
+			CHECK(unlink("made") == 0);
+		}
+		/* Without the group's right to execute, the bit means something else. */
+		fd = open("made", O_CREAT | O_EXCL | O_WRONLY, 02760);
+		CHECK(fd >= 0 && fstat(fd, &st) == 0 && close(fd) == 0 && (st.st_mode & 07777) == 02760);
+		CHECK(unlink("made") == 0);
+		_exit(0);
+	}
+	CHECK(status_of(pid) == 0);
+	CHECK(rmdir(name) == 0);
+}
+
 static void no_memory(void)
 {
 	char *at = mmap(NULL, 3 * 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -253,6 +366,10 @@ int main(void)
 	locked_terminal();
 	compared();
 	no_memory();
+	nothing_to_flush();
+	removed_directory();
+	strangers_group();
+	ends_of_watched();
 	directory_signals();
 	own_system_call();
 	scheduling();

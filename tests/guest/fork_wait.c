@@ -38,6 +38,44 @@ static void basics(void)
 	close(fds[1]);
 }
 
+/* The largest a child ever was, for whoever waits for it; freed memory and another program's size count too. */
+static void sizes(void)
+{
+	const long megabytes = 24;
+	struct rusage own, waited, children;
+	pid_t pid;
+
+	CHECK(getrusage(RUSAGE_CHILDREN, &children) == 0 && children.ru_maxrss < megabytes * 1024);
+	pid = fork();
+	if (pid == 0) {
+		char *memory = mmap(NULL, megabytes << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+		CHECK(memory != MAP_FAILED);
+		memset(memory, 1, megabytes << 20);
+		CHECK(munmap(memory, megabytes << 20) == 0);
+		CHECK(getrusage(RUSAGE_SELF, &own) == 0 && own.ru_maxrss >= megabytes * 1024);
+		CHECK(getrusage(RUSAGE_CHILDREN, &children) == 0 && children.ru_maxrss == 0);
+		execl("/bin/true", "true", NULL);
+		_exit(1);
+	}
+	CHECK(wait4(pid, NULL, 0, &waited) == pid && waited.ru_maxrss >= megabytes * 1024);
+	CHECK(getrusage(RUSAGE_CHILDREN, &children) == 0 && children.ru_maxrss >= waited.ru_maxrss);
+	CHECK(getrusage(RUSAGE_SELF, &own) == 0 && own.ru_maxrss > 0); /* perhaps the size of who executed us */
+	/* What nobody waits for is nobody's. */
+	CHECK(signal(SIGCHLD, SIG_IGN) != SIG_ERR);
+	pid = fork();
+	if (pid == 0) {
+		char *memory = mmap(NULL, megabytes << 21, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+		CHECK(memory != MAP_FAILED);
+		memset(memory, 1, megabytes << 21);
+		_exit(0);
+	}
+	FAILS(wait(NULL), ECHILD);
+	CHECK(signal(SIGCHLD, SIG_DFL) != SIG_ERR);
+	CHECK(getrusage(RUSAGE_CHILDREN, &children) == 0 && children.ru_maxrss == waited.ru_maxrss);
+}
+
 static void no_hang(void)
 {
 	int status;
@@ -245,6 +283,7 @@ static void limit(void)
 int main(void)
 {
 	basics();
+	sizes();
 	no_hang();
 	with_waitid();
 	many();

@@ -92,6 +92,9 @@ static void tcp(int family)
 	option(c, SOL_SOCKET, SO_REUSEPORT, 1, "SO_REUSEPORT");
 	option(c, SOL_SOCKET, SO_SNDBUF, 20000, "SO_SNDBUF");
 	option(c, IPPROTO_TCP, 9999, 1, "nonsense");
+	size = sizeof(value);
+	show("another protocol's option", getsockopt(c, IPPROTO_UDP, 1, &value, &size));
+	show("no protocol's option", getsockopt(c, 500, 1, &value, &size));
 	size = sizeof(info);
 	getsockopt(c, IPPROTO_TCP, TCP_INFO, &info, &size);
 	printf("state %d\n", info.tcpi_state);

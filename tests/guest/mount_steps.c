@@ -2,7 +2,9 @@
 #include "proc_check.h"
 #include <fcntl.h>
 #include <linux/mount.h>
+#include <poll.h>
 #include <sched.h>
+#include <sys/epoll.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 
@@ -40,6 +42,36 @@ static void put(int dir, const char *name, const char *text)
 	close(fd);
 }
 
+/* Who polls the table hears of each change once. */
+static void watched_table(const char *place)
+{
+	int table = open("/proc/self/mounts", O_RDONLY), info = open("/proc/self/mountinfo", O_RDONLY);
+	struct pollfd p[2] = { { .fd = table, .events = POLLPRI }, { .fd = info, .events = POLLIN } };
+	int epoll = epoll_create1(0);
+	struct epoll_event e = { .events = EPOLLPRI | EPOLLET };
+	pid_t pid;
+
+	CHECK(table >= 0 && info >= 0);
+	CHECK(poll(p, 2, 0) == 1 && p[0].revents == 0 && p[1].revents == POLLIN);
+	CHECK(epoll_ctl(epoll, EPOLL_CTL_ADD, info, &e) == 0 && epoll_wait(epoll, &e, 1, 0) == 0);
+	CHECK(mount("none", place, "tmpfs", 0, NULL) == 0);
+	CHECK(poll(p, 1, 0) == 1 && p[0].revents == (POLLPRI | POLLERR));
+	CHECK(poll(p, 1, 0) == 0);
+	CHECK(epoll_wait(epoll, &e, 1, 0) == 1 && e.events == (EPOLLPRI | EPOLLERR));
+	CHECK(epoll_wait(epoll, &e, 1, 0) == 0);
+	pid = fork();
+	if (pid == 0) {
+		nap(50);
+		_exit(umount2(place, 0) != 0);
+	}
+	CHECK(poll(p, 1, 20000) == 1 && p[0].revents == (POLLPRI | POLLERR));
+	CHECK(epoll_wait(epoll, &e, 1, 0) == 1);
+	CHECK(status_of(pid) == 0);
+	close(epoll);
+	close(table);
+	close(info);
+}
+
 int main(void)
 {
 	char place[] = "/tmp/mount.XXXXXX", second[64], path[96];
@@ -57,6 +89,7 @@ int main(void)
 	snprintf(second, sizeof(second), "%s.second", place);
 	CHECK(mkdir(second, 0700) == 0);
 
+	watched_table(second);
 	FAILS(syscall(SYS_fsopen, "nonesuch", 0), ENODEV);
 	FAILS(syscall(SYS_fsopen, "tmpfs", 8), EINVAL);
 	FAILS(syscall(SYS_fsopen, (char *)8, 0), EFAULT);
@@ -64,6 +97,7 @@ int main(void)
 	CHECK(fs >= 0 && fcntl(fs, F_GETFD) == FD_CLOEXEC);
 	FAILS(config(fs, FSCONFIG_SET_STRING, "nonesuch", "1", 0), EINVAL);
 	FAILS(config(fs, FSCONFIG_SET_STRING, NULL, "1", 0), EINVAL);
+	CHECK(config(fs, FSCONFIG_SET_STRING, "async", "whatever", 0) == 0);
 	FAILS(config(fs, FSCONFIG_SET_FLAG, "ro", "1", 0), EINVAL);
 	FAILS(config(0, FSCONFIG_SET_FLAG, "ro", NULL, 0), EINVAL);
 	FAILS(config(999, FSCONFIG_SET_FLAG, "ro", NULL, 0), EBADF);

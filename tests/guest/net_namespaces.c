@@ -135,6 +135,49 @@ static void udp(void)
 	puts("udp");
 }
 
+static long number(const char *path, const char *set)
+{
+	char text[32] = "";
+	int fd = open(path, set ? O_RDWR : O_RDONLY);
+
+	CHECK(fd >= 0);
+	if (set)
+		CHECK(write(fd, set, strlen(set)) == (ssize_t)strlen(set) && lseek(fd, 0, SEEK_SET) == 0);
+	CHECK(read(fd, text, sizeof(text) - 1) > 0);
+	close(fd);
+	return atol(text);
+}
+
+/* Each namespace has its own numbers below /proc/sys/net: whose they are is settled when the file is opened. */
+static void numbers(int home)
+{
+	static const char tag[] = "/proc/sys/net/ipv4/conf/lo/tag";
+	static const char first[] = "/proc/sys/net/ipv4/ip_unprivileged_port_start";
+	int here = open("/proc/self/ns/net", O_RDONLY);
+	long before;
+
+	CHECK(number(tag, NULL) == 0 && number("/proc/sys/net/ipv4/conf/lo/disable_policy", NULL) == 1);
+	CHECK(number(first, NULL) == 1024);
+	CHECK(!setns(home, CLONE_NEWNET));
+	before = number(tag, NULL);
+	CHECK(!setns(here, CLONE_NEWNET));
+	CHECK(number(tag, "17") == 17 && number(first, "80") == 80);
+	pid_t pid = fork();
+	if (!pid) {
+		struct sockaddr_in low = at("0.0.0.0", 79), high = at("0.0.0.0", 80);
+		int s = socket(AF_INET, SOCK_STREAM, 0);
+
+		CHECK(!setresuid(1000, 1000, 1000));
+		FAILS(bind(s, (void *)&low, sizeof(low)), EACCES);
+		CHECK(!bind(s, (void *)&high, sizeof(high)));
+		_exit(0);
+	}
+	CHECK(status_of(pid) == 0);
+	CHECK(!setns(home, CLONE_NEWNET) && number(tag, NULL) == before);
+	CHECK(!setns(here, CLONE_NEWNET) && number(tag, NULL) == 17);
+	close(here);
+}
+
 int main(void)
 {
 	struct sockaddr_un un = { .sun_family = AF_UNIX, .sun_path = "\0kvmsentry-test" };
@@ -162,6 +205,7 @@ int main(void)
 		_exit(0);
 	}
 	CHECK(waitpid(pid, &status, 0) == pid && status == 0);
+	numbers(home);
 	CHECK(!setns(home, CLONE_NEWNET));
 	close(other);
 	other = socket(AF_UNIX, SOCK_STREAM, 0);

@@ -154,6 +154,26 @@ static void mapped_files(void)
 	munmap(p, 8192);
 }
 
+/* The clocks that nobody can sleep by. */
+static void sleepless_clocks(void)
+{
+	struct timespec t = { 0, 1 };
+
+	FAILS(syscall(SYS_clock_nanosleep, CLOCK_THREAD_CPUTIME_ID, 0, &t, NULL), EOPNOTSUPP);
+	FAILS(syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC_RAW, 0, &t, NULL), EOPNOTSUPP);
+	FAILS(syscall(SYS_clock_nanosleep, 12345, 0, &t, NULL), EINVAL);
+}
+
+static void memory_policies(void)
+{
+	int mode = -1;
+
+	CHECK(syscall(SYS_get_mempolicy, &mode, NULL, 0, &mode, 2) == 0 && mode == 0); /* MPOL_F_ADDR */
+	FAILS(syscall(SYS_get_mempolicy, &mode, NULL, 0, NULL, 2), EFAULT);
+	FAILS(syscall(SYS_get_mempolicy, &mode, NULL, 0, &mode, 0), EINVAL);
+	FAILS(syscall(SYS_get_mempolicy, &mode, NULL, 0, NULL, 64), EINVAL);
+}
+
 static void barriers(void)
 {
 	long known = syscall(SYS_membarrier, 0, 0, 0);
@@ -181,6 +201,8 @@ int main(void)
 {
 	mapped_files();
 	barriers();
+	memory_policies();
+	sleepless_clocks();
 	extents();
 	handles();
 	advice();

@@ -104,10 +104,11 @@ def smaps_rollup(reader: Task, target: Task) -> bytes:
 class Sizes:
     """Pages by kind, as statm and status show them."""
 
-    __slots__ = ("total", "resident", "shared", "text", "data", "stack", "library", "locked", "anonymous")
+    __slots__ = ("total", "resident", "peak", "shared", "text", "data", "stack", "library", "locked", "anonymous")
 
     def __init__(self, mm: Any) -> None:
         self.total, self.resident, self.locked = mm.total_pages, mm.rss_pages, mm.locked_pages
+        self.peak = mm.peak_pages
         self.data = mm.data_pages
         self.text = self.stack = self.library = self.shared = 0
         image = mm.image

@@ -146,7 +146,7 @@ def status(reader: Task, target: Task, ns: PidNamespace) -> str:
         shared = memory.shared_pages(mm)
         rows = (
             ("VmPeak", sizes.total), ("VmSize", sizes.total), ("VmLck", sizes.locked), ("VmPin", 0), ("VmHWM",
-            sizes.resident),
+            sizes.peak),
             ("VmRSS", sizes.resident), ("RssAnon", max(0, sizes.resident - shared)), ("RssFile", shared), ("RssShmem",
             0),
             ("VmData", sizes.data), ("VmStk", sizes.stack), ("VmExe", sizes.text), ("VmLib", sizes.library),

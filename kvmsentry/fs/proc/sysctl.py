@@ -1,4 +1,5 @@
-"""/proc/sys: the kernel's knobs; proc(5), Documentation/admin-guide/sysctl. Values live once per sandbox in `Sysctls`.
+"""/proc/sys: the kernel's knobs; proc(5), Documentation/admin-guide/sysctl. Values live once per sandbox in `Sysctls`,
+but for those below net/, of which each network namespace has its own.
 
 A row says path, first value, and who may write what: nothing (read-only), a number in a range, or text. What other
 parts of
@@ -31,6 +32,17 @@ HOST_NAME_MAX = 64  # uapi/linux/limits.h
 CAP_SYS_ADMIN = 21
 MAX_NAMESPACES = 63432  # half of what threads-max is with 16 GiB, as Linux starts with (kernel/fork.c)
 _NUMBERS = re.compile(rb"\s*(-?\d+(?:\s+-?\d+)*)\s*\0?\s*")
+
+# net/ipv4/conf/DEVICE: per device, and what a namespace starts with (include/uapi/linux/ip.h); (all and default, lo)
+_IPV4_CONF: dict[str, tuple[int, int]] = {
+    "accept_local": (0, 0), "accept_redirects": (1, 1), "accept_source_route": (0, 0), "arp_accept": (0, 0),
+    "arp_announce": (0, 0), "arp_evict_nocarrier": (1, 1), "arp_filter": (0, 0), "arp_ignore": (0, 0),
+    "arp_notify": (0, 0), "bootp_relay": (0, 0), "disable_policy": (0, 1), "disable_xfrm": (0, 1),
+    "drop_gratuitous_arp": (0, 0), "drop_unicast_in_l2_multicast": (0, 0), "force_igmp_version": (0, 0),
+    "ignore_routes_with_linkdown": (0, 0), "log_martians": (0, 0), "medium_id": (0, 0), "promote_secondaries": (0, 0),
+    "proxy_arp": (0, 0), "proxy_arp_pvlan": (0, 0), "route_localnet": (0, 0), "secure_redirects": (1, 1),
+    "send_redirects": (1, 1), "shared_media": (1, 1), "src_valid_mark": (0, 0), "tag": (0, 0),
+}  # fmt: skip
 
 # path, value ({} in a value is filled in per sandbox), who may write: None, a (lowest, highest) pair, or TEXT
 ROWS: tuple[tuple[str, Any, Any], ...] = (
@@ -168,7 +180,7 @@ ROWS: tuple[tuple[str, Any, Any], ...] = (
     ("net/core/busy_read", 0, UNSIGNED),
     ("net/ipv4/ip_local_port_range", "32768\t60999", (0, 65535)),
     ("net/ipv4/ip_local_reserved_ports", "", TEXT),
-    ("net/ipv4/ip_unprivileged_port_start", 1024, (0, 65535)),
+    ("net/ipv4/ip_unprivileged_port_start", 0, (0, 65535)),  # as sandbox/network.py sets the host's
     ("net/ipv4/ip_forward", 0, BOOL),
     ("net/ipv4/ip_default_ttl", 64, (1, 255)),
     ("net/ipv4/ip_nonlocal_bind", 0, BOOL),
@@ -229,14 +241,20 @@ ROWS: tuple[tuple[str, Any, Any], ...] = (
     ("user/max_uts_namespaces", MAX_NAMESPACES, UNSIGNED),
     ("user/max_inotify_instances", 128, UNSIGNED),
     ("user/max_inotify_watches", 65536, UNSIGNED),
+    *(
+        (f"net/ipv4/conf/{device}/{name}", values[device == "lo"], INT)
+        for device in ("all", "default", "lo")
+        for name, values in _IPV4_CONF.items()
+    ),
 )
+NETWORK = "net/"  # the paths that each network namespace has for itself
 
 
 class Sysctls:
-    """The values, by path."""
+    """The values, by path: all, or those of the rows below `prefix`."""
 
-    def __init__(self) -> None:
-        self.values: dict[str, str] = {path: str(value) for path, value, _ in ROWS}
+    def __init__(self, prefix: str = "") -> None:
+        self.values: dict[str, str] = {path: str(value) for path, value, _ in ROWS if path.startswith(prefix)}
         self.boot_id = str(uuid.uuid4())
 
     def number(self, path: str) -> int:
@@ -268,11 +286,17 @@ def sysctl(kernel: Kernel) -> Sysctls:
 
 
 def _row(sb: SuperBlock, values: Sysctls, path: str, rule: Any) -> TextInode:
+    network = path.startswith(NETWORK)
+
+    def of(task: Any) -> Sysctls:
+        own: Sysctls | None = getattr(task.ns.net, "sysctls", None) if network else None
+        return values if own is None else own
+
     def show(task: Any) -> str:
-        return values.values[path] + "\n"
+        return of(task).values[path] + "\n"
 
     def store(task: Any, data: bytes) -> None:
-        values.write(path, rule, data)
+        of(task).write(path, rule, data)
 
     return TextInode(sb, show, 0o444 if rule is None else 0o644, None if rule is None else store)
 

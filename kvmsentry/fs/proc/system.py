@@ -243,6 +243,10 @@ def locks(task: Task) -> str:
         for kind, pid in inode.locks.flocks.values():
             word = "WRITE" if kind == 2 else "READ "
             lines.append(f"{len(lines) + 1}: FLOCK  ADVISORY  {word} {pid} {place} 0 EOF\n")
+        for lease in inode.locks.leases.values():
+            state = "BREAKING " if lease.shown() != lease.kind else "ACTIVE   "
+            word = "WRITE" if lease.shown() == 1 else "UNLCK" if lease.shown() == 2 else "READ "
+            lines.append(f"{len(lines) + 1}: LEASE  {state} {word} {lease.pid} {place} 0 EOF\n")
         for record in inode.locks.records:
             word = "WRITE" if record.kind == 1 else "READ "
             kind_of = "POSIX " if record.pid > 0 else "OFDLCK"
