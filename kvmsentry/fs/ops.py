@@ -27,6 +27,7 @@ from kvmsentry.fs.vfs import (
     O_ACCMODE,
     O_CLOEXEC,
     O_CREAT,
+    O_DIRECT,
     O_DIRECTORY,
     O_EXCL,
     O_NOATIME,
@@ -213,8 +214,11 @@ def open_place(task: Task, place: Path, flags: int) -> Any:
     creds = task.creds
     if inode.mode >> (6 if creds.fsuid == inode.uid else 3 if in_group(inode.gid, creds) else 0) & access != access:
         permission(inode, access, creds)
-    if flags & O_NOATIME and not owner_or_capable(inode, creds):
-        raise Errno(errno.EPERM)
+    if flags & (O_NOATIME | O_DIRECT):
+        if flags & O_NOATIME and not owner_or_capable(inode, creds):
+            raise Errno(errno.EPERM)
+        if flags & O_DIRECT and kind == S_IFDIR:
+            raise Errno(errno.EINVAL)  # no FMODE_CAN_ODIRECT (do_dentry_open)
     if access & MAY_WRITE and kind == S_IFREG:
         want_write(place.mount)
     return _finish_open(task, place, inode, flags)
