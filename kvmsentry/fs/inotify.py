@@ -19,6 +19,7 @@ from kvmsentry.kernel.traps import WaitQueue
 
 if TYPE_CHECKING:
     from kvmsentry.fs.dnotify import Dnotify
+    from kvmsentry.kernel.kernel import Kernel
     from kvmsentry.kernel.task import Task
 
 # uapi/linux/inotify.h
@@ -222,4 +223,25 @@ def opened(file: File) -> None:
 
 def closed(file: File) -> None:
     """The last descriptor of `file` is gone (called by File.put)."""
-    notify_place(file.path, file.inode, IN_CLOSE_WRITE if (file.flags + 1) & 2 else IN_CLOSE_NOWRITE)
+    inode = file.inode
+    notify_place(file.path, inode, IN_CLOSE_WRITE if (file.flags + 1) & 2 else IN_CLOSE_NOWRITE)
+    if inode.watches and (kernel := inode.__dict__.get("orphan_of")) is not None:
+        orphaned(kernel, inode)
+
+
+def orphaned(kernel: Kernel, inode: Inode) -> None:
+    """The last name of a watched `inode` is gone: IN_DELETE_SELF, but not before the last descriptor of it is gone too
+    (the inode's eviction, fsnotify_inoderemove); `closed` asks again then."""
+    for table in {task.files for task in kernel.tasks.values() if task.files is not None}:
+        for file in table.files.values():
+            if file.inode is inode and file.refs:
+                inode.__dict__["orphan_of"] = kernel
+                return
+    inode.__dict__.pop("orphan_of", None)
+    notify(inode, IN_DELETE_SELF)
+
+
+def executed(file: File) -> None:
+    """A program is about to run from `file`: it was opened and looked into."""
+    notify_place(file.path, file.inode, IN_OPEN)
+    notify_place(file.path, file.inode, IN_ACCESS)

@@ -62,7 +62,7 @@ _O_TMPFILE = O_TMPFILE & ~O_DIRECTORY
 
 # inotify(7) events, uapi/linux/inotify.h
 IN_ACCESS, IN_MODIFY, IN_ATTRIB, IN_OPEN, IN_MOVED_FROM, IN_MOVED_TO = 1, 2, 4, 0x20, 0x40, 0x80
-IN_CREATE, IN_DELETE, IN_DELETE_SELF, IN_MOVE_SELF, IN_ISDIR = 0x100, 0x200, 0x400, 0x800, 0x40000000
+IN_CREATE, IN_DELETE, IN_MOVE_SELF, IN_ISDIR = 0x100, 0x200, 0x800, 0x40000000
 
 _move_cookie = 0
 
@@ -130,6 +130,12 @@ def changed(place: Path | None, inode: Inode, mask: int) -> None:
 def _entry_event(directory: Inode, name: bytes, inode: Inode, mask: int, cookie: int = 0) -> None:
     if directory.watches is not None:
         notify(directory, mask | (IN_ISDIR if inode.mode & S_IFMT == S_IFDIR else 0), name, cookie)
+
+
+def _orphaned(task: Task, inode: Inode) -> None:
+    from kvmsentry.fs import inotify
+
+    inotify.orphaned(task.kernel, inode)
 
 
 def forget(directory: Dentry, name: bytes) -> None:
@@ -396,8 +402,10 @@ def unlink_at(task: Task, start: Path | None, path: bytes) -> None:
     directory.unlink(name, victim)
     forget(parent.dentry, name)
     if victim.watches is not None:
-        notify(victim, IN_ATTRIB if victim.nlink else IN_DELETE_SELF)
+        notify(victim, IN_ATTRIB)  # its number of links
     _entry_event(directory, name, victim, IN_DELETE)
+    if victim.watches is not None and not victim.nlink:
+        _orphaned(task, victim)
 
 
 def rmdir_at(task: Task, start: Path | None, path: bytes) -> None:
@@ -422,7 +430,7 @@ def rmdir_at(task: Task, start: Path | None, path: bytes) -> None:
     dentry.children.clear()
     forget(parent.dentry, name)
     if victim.watches is not None:
-        notify(victim, IN_DELETE_SELF | IN_ISDIR)
+        _orphaned(task, victim)
     _entry_event(directory, name, victim, IN_DELETE)
 
 
@@ -503,10 +511,13 @@ def rename_at(task: Task, old_start: Path | None, old_path: bytes, new_start: Pa
         _move_cookie += 1
         _entry_event(old_dir, old_name, inode, IN_MOVED_FROM, _move_cookie)
         _entry_event(new_dir, new_name, inode, IN_MOVED_TO, _move_cookie)
+    lost = replaced if replaced is not None and not exchange and replaced.watches is not None else None
+    if lost is not None:
+        notify(lost, IN_ATTRIB | IN_ISDIR if is_dir else IN_ATTRIB)
     if inode.watches is not None:
         notify(inode, IN_MOVE_SELF)
-    if replaced is not None and not exchange and replaced.watches is not None:
-        notify(replaced, IN_ATTRIB if replaced.nlink else IN_DELETE_SELF)
+    if lost is not None and (is_dir or not lost.nlink):
+        _orphaned(task, lost)
 
 
 # -- changing
@@ -569,8 +580,9 @@ def set_times(task: Task, place: Path | None, inode: Inode, times: tuple[int | N
         if not owner_or_capable(inode, creds):
             raise Errno(errno.EPERM)
         inode.setattr(atime=times[0], mtime=times[1])
-    if WATCHES:
-        changed(place, inode, IN_ATTRIB)
+    if WATCHES:  # one time alone tells of the use that would have set it (fsnotify_change)
+        both = times is None or (times[0] is None) == (times[1] is None)
+        changed(place, inode, IN_ATTRIB if both else IN_ACCESS if times and times[0] is not None else IN_MODIFY)
 
 
 def strip_set_id(task: Task, inode: Inode) -> None:

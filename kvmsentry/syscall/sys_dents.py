@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import time
 
-from kvmsentry.fs.vfs import O_NOATIME, File
+from kvmsentry.errors import Errno
+from kvmsentry.fs.inotify import accessed
+from kvmsentry.fs.vfs import O_NOATIME, WATCHES, File
 from kvmsentry.kernel.task import Task
 from kvmsentry.syscall.abi_fs import DIRENT, DIRENT64
 from kvmsentry.syscall.table import Fd, UInt, UserPtr, syscall
@@ -26,8 +28,7 @@ def _snapshot(file: File) -> list[tuple[bytes, int, int]]:
     if place is not None and place.dentry is not place.mount.root:
         parent = place.dentry.parent.inode or inode
     entries = [(b".", inode.ino, 4), (b"..", parent.ino, 4)]
-    if inode.nlink:
-        entries += inode.readdir()
+    entries += inode.readdir()
     if inode.atime <= inode.mtime and not file.flags & O_NOATIME and inode.sb.caching and not inode.sb.readonly:
         inode.atime = time.time_ns()  # relatime, in memory only
     return entries
@@ -35,10 +36,36 @@ def _snapshot(file: File) -> list[tuple[bytes, int, int]]:
 
 def _entries(task: Task, fd: int) -> tuple[File, list[tuple[bytes, int, int]]]:
     file = task.files.get_io(fd)
+    if not file.inode.nlink:
+        raise Errno(errno.ENOENT)  # removed (IS_DEADDIR)
     entries = file.cursor
     if entries is None or file.pos == 0:
         entries = file.cursor = _snapshot(file)
     return file, entries
+
+
+def _put(task: Task, file: File, dirp: int, out: bytes | bytearray, start: int, pos: int) -> int:
+    """Hand out the entries `start` to `pos`, which `out` holds; those that fit where the memory ends early. EFAULT when
+    not even the first does."""
+    if WATCHES:
+        accessed(file)
+    try:
+        task.mm.write(dirp, out)
+        file.pos = pos
+        return len(out)
+    except Errno:
+        used = 0
+        for position in range(start, pos):
+            end = used + int.from_bytes(out[used + 16 : used + 18], "little")  # d_reclen
+            try:
+                task.mm.write(dirp + used, out[used:end])
+            except Errno:
+                if not used:
+                    raise
+                break
+            used = end
+            file.pos = position + 1
+        return used
 
 
 @syscall(217)
@@ -47,7 +74,7 @@ def getdents64(task: Task, fd: Fd, dirp: UserPtr, count: UInt) -> int:
         file, entries = _entries(task, fd)
     except NotADirectoryError:
         return -errno.ENOTDIR
-    count = min(count, _MOST)
+    count = min(count, _MOST) if count <= 0x7FFFFFFF else 0  # an int in Linux: too small
     pos = start = file.pos
     parts = []
     used = 0
@@ -65,9 +92,7 @@ def getdents64(task: Task, fd: Fd, dirp: UserPtr, count: UInt) -> int:
         parts.append(padding[size - 19 - length])
     if pos == start:
         return -errno.EINVAL if start < len(entries) else 0
-    task.mm.write(dirp, b"".join(parts))
-    file.pos = pos
-    return used
+    return _put(task, file, dirp, b"".join(parts), start, pos)
 
 
 @syscall(78)
@@ -76,7 +101,7 @@ def getdents(task: Task, fd: Fd, dirp: UserPtr, count: UInt) -> int:
         file, entries = _entries(task, fd)
     except NotADirectoryError:
         return -errno.ENOTDIR
-    count = min(count, _MOST)
+    count = min(count, _MOST) if count <= 0x7FFFFFFF else 0  # an int in Linux: too small
     pos = start = file.pos
     out = bytearray()
     for name, ino, kind in entries[pos:]:
@@ -89,6 +114,4 @@ def getdents(task: Task, fd: Fd, dirp: UserPtr, count: UInt) -> int:
         out.append(kind)
     if pos == start:
         return -errno.EINVAL if start < len(entries) else 0
-    task.mm.write(dirp, out)
-    file.pos = pos
-    return len(out)
+    return _put(task, file, dirp, out, start, pos)
