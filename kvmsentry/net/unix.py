@@ -233,7 +233,7 @@ class UnixSocket(Socket, ABC):
             self.room.wake()
         self.backlog_most = most
         self.state = LISTENING
-        self.creds = credentials_of(task)
+        self.creds = self.peercred = credentials_of(task)  # its own are its peer's for now (init_peercred)
         self.peer_groups = task.creds.groups
 
     def connect(self, task: Task, name: bytes, again: bool) -> int:
