@@ -101,12 +101,54 @@ static void reset_early(void)
 	close(listener);
 }
 
+/* MSG_TRUNC on a stream counts and leaves the buffer alone, with MSG_PEEK the bytes too. */
+static void counted(void)
+{
+	struct sockaddr_in me = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	socklen_t length = sizeof(me);
+	int listener = socket(AF_INET, SOCK_STREAM, 0), fd = socket(AF_INET, SOCK_STREAM, 0), got;
+	char bytes[8] = "-------";
+
+	CHECK(bind(listener, (void *)&me, sizeof(me)) == 0 && listen(listener, 1) == 0);
+	CHECK(getsockname(listener, (void *)&me, &length) == 0 && connect(fd, (void *)&me, sizeof(me)) == 0);
+	got = accept(listener, NULL, NULL);
+	CHECK(got >= 0 && write(fd, "abcdef", 6) == 6);
+	CHECK(recv(got, bytes, 7, MSG_TRUNC | MSG_PEEK) == 6 && strcmp(bytes, "-------") == 0);
+	CHECK(recv(got, bytes, 2, MSG_TRUNC) == 2 && strcmp(bytes, "-------") == 0);
+	CHECK(recv(got, bytes, 7, 0) == 4 && strcmp(bytes, "cdef---") == 0);
+	close(got);
+	close(fd);
+	close(listener);
+}
+
+/* CAP_NET_ADMIN may have buffers beyond net.core.rmem_max. */
+static void forced(void)
+{
+	int ends[2], size = 300000, got = 0, on = -5;
+	socklen_t length = sizeof(got);
+
+	CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);
+	if (setsockopt(ends[0], SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof(size)) == 0) {
+		CHECK(getsockopt(ends[0], SOL_SOCKET, SO_RCVBUF, &got, &length) == 0 && got == 2 * size);
+		CHECK(setsockopt(ends[0], SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof(size)) == 0);
+		CHECK(getsockopt(ends[0], SOL_SOCKET, SO_SNDBUF, &got, &length) == 0 && got == 2 * size);
+		CHECK(setsockopt(ends[0], SOL_SOCKET, SO_SNDBUFFORCE, &on, sizeof(on)) == 0);
+		CHECK(getsockopt(ends[0], SOL_SOCKET, SO_SNDBUF, &got, &length) == 0 && got == 4608);
+	} else {
+		CHECK(errno == EPERM);
+	}
+	close(ends[0]);
+	close(ends[1]);
+}
+
 int main(void)
 {
 	datagrams();
 	no_room();
 	credentials();
 	reset_early();
+	counted();
+	forced();
 	puts("sockets end as Linux's do");
 	return 0;
 }
