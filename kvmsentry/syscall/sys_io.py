@@ -342,6 +342,8 @@ def pread64(task: Task, fd: Fd, buf: UserPtr, count: Size, pos: Offset) -> Any:
             )
         return file.pread([], pos)
     n = file.pread(task.mm.views(buf, count, True), pos)
+    if not n and pos + count > SSIZE_MAX:
+        raise Errno(errno.EINVAL)  # rw_verify_area
     if n > 0 and WATCHES:
         accessed(file)
     return n
@@ -354,6 +356,8 @@ def pwrite64(task: Task, fd: Fd, buf: UserPtr, count: Size, pos: Offset) -> Any:
         raise Errno(errno.EINVAL)
     file = writable(positioned(task.files.files.get(fd)))
     check_range(buf, count)
+    if pos + count > SSIZE_MAX:
+        raise Errno(errno.EINVAL)  # rw_verify_area
     count = min(count, MAX_RW_COUNT)
     if file.flags & O_APPEND and file.seekable:
         pos = file.inode.size
@@ -400,6 +404,8 @@ def fetch_iov(task: Task, vec: int, count: int) -> tuple[list[tuple[int, int]], 
                     continue
             total += length
             iov.append((base, length))
+        elif base > USER_TOP:
+            raise Errno(errno.EFAULT)
     return iov, total
 
 

@@ -2,6 +2,9 @@
 #include "proc_check.h"
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 
@@ -85,11 +88,56 @@ static void no_positions(void)
 	FAILS(pwritev(ends[0], &iov, 1, 0), ESPIPE);
 }
 
+/* Nothing lies beyond the largest position, and a vector is looked at where it is empty too. */
+static void far_positions(void)
+{
+	char name[] = "/tmp/asyncXXXXXX", bytes[16] = "";
+	struct iovec iov[2] = { { (void *)-1L, 0 }, { bytes, 8 } };
+	int fd = mkstemp(name);
+
+	CHECK(fd >= 0 && write(fd, bytes, 8) == 8);
+	FAILS(lseek(fd, INT64_MAX, SEEK_END), EINVAL);
+	FAILS(pread(fd, bytes, 8, INT64_MAX), EINVAL);
+	FAILS(pwrite(fd, bytes, 8, INT64_MAX), EINVAL);
+	CHECK(lseek(fd, 0, SEEK_SET) == 0);
+	FAILS(readv(fd, iov, 2), EFAULT);
+	CHECK(unlink(name) == 0 && close(fd) == 0);
+}
+
+/* What comes from a noexec mount doesn't become executable later either. */
+static void never_executable(void)
+{
+	char name[] = "/tmp/asyncXXXXXX";
+	char *at;
+	int fd;
+
+	if (unshare(CLONE_NEWNS) != 0 || mount(NULL, "/", NULL, MS_PRIVATE | MS_REC, NULL) != 0)
+		return;
+	CHECK(mkdtemp(name));
+	if (mount(NULL, name, "tmpfs", MS_NOEXEC, NULL) == 0 && chdir(name) == 0) {
+		fd = open("file", O_CREAT | O_RDWR, 0600);
+		CHECK(ftruncate(fd, 4096) == 0);
+		FAILS((long)mmap(NULL, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE, fd, 0), EPERM);
+		at = mmap(NULL, 4096, PROT_READ, MAP_PRIVATE, fd, 0);
+		CHECK(at != MAP_FAILED);
+		FAILS(mprotect(at, 4096, PROT_READ | PROT_EXEC), EACCES);
+		CHECK(mprotect(at, 4096, PROT_READ | PROT_WRITE) == 0 && munmap(at, 4096) == 0);
+		at = mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, 0);
+		FAILS(mprotect(at, 4096, PROT_EXEC), EACCES);
+		CHECK(mprotect(at, 4096, PROT_READ | PROT_WRITE) == 0 && munmap(at, 4096) == 0);
+		close(fd);
+		CHECK(chdir("/") == 0 && umount(name) == 0);
+	}
+	CHECK(rmdir(name) == 0);
+}
+
 int main(void)
 {
 	large_files();
 	signal_of_a_pipe();
 	no_positions();
+	far_positions();
+	never_executable();
 	puts("open files tell what Linux's tell");
 	return 0;
 }
