@@ -140,6 +140,8 @@ class InetSocket(HostSocket):
                 raise Errno(errno.EPERM)
             if name in (abi.SO_ATTACH_FILTER, 50):  # SO_ATTACH_BPF
                 raise Errno(errno.EPERM)
+            if name == 27:  # SO_DETACH_FILTER: there never is one
+                raise Errno(errno.ENOENT)
         directions, most = options.OPTIONS.get((level, name), (0, 0))
         if not directions & options.SET:
             raise Errno(errno.ENOPROTOOPT)

@@ -23,6 +23,7 @@ static void datagrams(void)
 
 	CHECK(bind(other, (void *)&me, sizeof(me)) == 0 && getsockname(other, (void *)&me, &length) == 0);
 	FAILS(recv(fd, &byte, 1, MSG_DONTWAIT), EAGAIN);
+	FAILS(setsockopt(fd, SOL_SOCKET, SO_DETACH_FILTER, &length, sizeof(length)), ENOENT);
 	CHECK(connect(fd, (void *)&me, sizeof(me)) == 0);
 	CHECK(pthread_create(&thread, NULL, shuts, &fd) == 0);
 	CHECK(recv(fd, &byte, 1, 0) == 0); /* sleeps until the other thread shuts it down */
