@@ -227,13 +227,21 @@ def closed(file: File) -> None:
     """The last descriptor of `file` is gone (called by File.put)."""
     inode = file.inode
     notify_place(file.path, inode, IN_CLOSE_WRITE if (file.flags + 1) & 2 else IN_CLOSE_NOWRITE)
-    if not inode.nlink and inode.watches:
-        kernel = inode.__dict__.get("ends_for")
-        if kernel is not None and not any(files_of(kernel, inode)):
-            del inode.__dict__["ends_for"]
-            notify(inode, IN_DELETE_SELF)
+    if inode.watches and (kernel := inode.__dict__.get("orphan_of")) is not None:
+        orphaned(kernel, inode)
 
 
-def end_later(inode: Inode, kernel: Kernel) -> None:
-    """The watched `inode` lost its last name while it is open: IN_DELETE_SELF comes with the last `closed`."""
-    inode.__dict__["ends_for"] = kernel
+def orphaned(kernel: Kernel, inode: Inode) -> None:
+    """The last name of a watched `inode` is gone: IN_DELETE_SELF, but not before the last descriptor of it is gone too
+    (the inode's eviction, fsnotify_inoderemove); `closed` asks again then."""
+    if any(files_of(kernel, inode)):
+        inode.__dict__["orphan_of"] = kernel
+        return
+    inode.__dict__.pop("orphan_of", None)
+    notify(inode, IN_DELETE_SELF)
+
+
+def executed(file: File) -> None:
+    """A program is about to run from `file`: it was opened and looked into."""
+    notify_place(file.path, file.inode, IN_OPEN)
+    notify_place(file.path, file.inode, IN_ACCESS)

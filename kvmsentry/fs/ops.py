@@ -27,6 +27,7 @@ from kvmsentry.fs.vfs import (
     O_ACCMODE,
     O_CLOEXEC,
     O_CREAT,
+    O_DIRECT,
     O_DIRECTORY,
     O_EXCL,
     O_NOATIME,
@@ -62,7 +63,7 @@ _O_TMPFILE = O_TMPFILE & ~O_DIRECTORY
 
 # inotify(7) events, uapi/linux/inotify.h
 IN_ACCESS, IN_MODIFY, IN_ATTRIB, IN_OPEN, IN_MOVED_FROM, IN_MOVED_TO = 1, 2, 4, 0x20, 0x40, 0x80
-IN_CREATE, IN_DELETE, IN_DELETE_SELF, IN_MOVE_SELF, IN_ISDIR = 0x100, 0x200, 0x400, 0x800, 0x40000000
+IN_CREATE, IN_DELETE, IN_MOVE_SELF, IN_ISDIR = 0x100, 0x200, 0x800, 0x40000000
 DN_RENAMED = 0x10000000  # a rename within one directory, fs/dnotify.py
 
 _move_cookie = 0
@@ -120,24 +121,6 @@ def notify(inode: Inode, mask: int, name: bytes = b"", cookie: int = 0) -> None:
         inotify.notify(inode, mask, name, cookie)
 
 
-def _unlinked(task: Task, victim: Inode) -> None:
-    """A name of `victim` went, perhaps its last: the count of links changed in any case (fsnotify_link_count)."""
-    notify(victim, IN_ATTRIB | IN_ISDIR if victim.mode & S_IFMT == S_IFDIR else IN_ATTRIB)
-    if not victim.nlink:
-        _deleted(task, victim)
-
-
-def _deleted(task: Task, victim: Inode) -> None:
-    """The last name of `victim` went: its watches hear of it when nobody has it open any more."""
-    from kvmsentry.fs import inotify
-    from kvmsentry.fs.fdtable import files_of
-
-    if any(files_of(task.kernel, victim)):
-        inotify.end_later(victim, task.kernel)
-    else:
-        notify(victim, IN_DELETE_SELF)  # without IN_ISDIR, as all events of the watched file itself
-
-
 def changed(place: Path | None, inode: Inode, mask: int) -> None:
     """Tell the inotify watches of `inode` and of the directory it was found in at `place`. Callers test WATCHES
     first."""
@@ -149,6 +132,12 @@ def changed(place: Path | None, inode: Inode, mask: int) -> None:
 def _entry_event(directory: Inode, name: bytes, inode: Inode, mask: int, cookie: int = 0) -> None:
     if directory.watches is not None:
         notify(directory, mask | (IN_ISDIR if inode.mode & S_IFMT == S_IFDIR else 0), name, cookie)
+
+
+def _orphaned(task: Task, inode: Inode) -> None:
+    from kvmsentry.fs import inotify
+
+    inotify.orphaned(task.kernel, inode)
 
 
 def forget(directory: Dentry, name: bytes) -> None:
@@ -244,8 +233,11 @@ def open_place(task: Task, place: Path, flags: int) -> Any:
     creds = task.creds
     if inode.mode >> (6 if creds.fsuid == inode.uid else 3 if in_group(inode.gid, creds) else 0) & access != access:
         permission(inode, access, creds)
-    if flags & O_NOATIME and not owner_or_capable(inode, creds):
-        raise Errno(errno.EPERM)
+    if flags & (O_NOATIME | O_DIRECT):
+        if flags & O_NOATIME and not owner_or_capable(inode, creds):
+            raise Errno(errno.EPERM)
+        if flags & O_DIRECT and kind == S_IFDIR:
+            raise Errno(errno.EINVAL)  # no FMODE_CAN_ODIRECT (do_dentry_open)
     if access & MAY_WRITE and kind == S_IFREG:
         want_write(place.mount)
     return _finish_open(task, place, inode, flags)
@@ -435,8 +427,10 @@ def unlink_at(task: Task, start: Path | None, path: bytes) -> None:
     directory.unlink(name, victim)
     forget(parent.dentry, name)
     if victim.watches is not None:
-        _unlinked(task, victim)
+        notify(victim, IN_ATTRIB)  # its number of links
     _entry_event(directory, name, victim, IN_DELETE)
+    if victim.watches is not None and not victim.nlink:
+        _orphaned(task, victim)
 
 
 def rmdir_at(task: Task, start: Path | None, path: bytes) -> None:
@@ -461,7 +455,7 @@ def rmdir_at(task: Task, start: Path | None, path: bytes) -> None:
     dentry.children.clear()
     forget(parent.dentry, name)
     if victim.watches is not None:
-        _deleted(task, victim)
+        _orphaned(task, victim)
     _entry_event(directory, name, victim, IN_DELETE)
 
 
@@ -544,10 +538,13 @@ def rename_at(task: Task, old_start: Path | None, old_path: bytes, new_start: Pa
         _entry_event(new_dir, new_name, inode, IN_MOVED_TO, _move_cookie)
         if old_dir is new_dir:
             notify(old_dir, DN_RENAMED)
+    lost = replaced if replaced is not None and not exchange and replaced.watches is not None else None
+    if lost is not None:
+        notify(lost, IN_ATTRIB | IN_ISDIR if is_dir else IN_ATTRIB)
     if inode.watches is not None:
         notify(inode, IN_MOVE_SELF)
-    if replaced is not None and not exchange and replaced.watches is not None:
-        _unlinked(task, replaced)
+    if lost is not None and (is_dir or not lost.nlink):
+        _orphaned(task, lost)
 
 
 # -- changing
@@ -610,8 +607,9 @@ def set_times(task: Task, place: Path | None, inode: Inode, times: tuple[int | N
         if not owner_or_capable(inode, creds):
             raise Errno(errno.EPERM)
         inode.setattr(atime=times[0], mtime=times[1])
-    if WATCHES:
-        changed(place, inode, IN_ATTRIB)
+    if WATCHES:  # one time alone tells of the use that would have set it (fsnotify_change)
+        both = times is None or (times[0] is None) == (times[1] is None)
+        changed(place, inode, IN_ATTRIB if both else IN_ACCESS if times and times[0] is not None else IN_MODIFY)
 
 
 def strip_set_id(task: Task, inode: Inode) -> None:

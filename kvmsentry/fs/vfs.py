@@ -711,7 +711,7 @@ class File:
         elif whence != 0:
             raise Errno(errno.EINVAL)
         if offset < 0 or offset >= 1 << 63:
-            raise Errno(errno.EINVAL if offset < 0 else errno.EOVERFLOW)
+            raise Errno(errno.EINVAL)
         self.pos = offset
         return offset
 

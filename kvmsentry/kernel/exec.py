@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvmsentry.errors import Errno
+from kvmsentry.fs.inotify import executed
 from kvmsentry.fs.vfs import (
     FOLLOW,
     MAY_EXEC,
@@ -20,6 +21,7 @@ from kvmsentry.fs.vfs import (
     MS_NOEXEC,
     MS_NOSUID,
     O_RDONLY,
+    WATCHES,
     File,
     Inode,
     Path,
@@ -103,7 +105,10 @@ def _open(task: Task, place: Path) -> Opened:
     permission(inode, MAY_EXEC, task.creds)
     if inode.writers > 0:
         raise Errno(errno.ETXTBSY)
-    return Opened(place, inode, inode.open(task, place, O_RDONLY))
+    file = inode.open(task, place, O_RDONLY)
+    if WATCHES:
+        executed(file)
+    return Opened(place, inode, file)
 
 
 # -- argument strings --

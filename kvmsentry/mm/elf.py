@@ -168,10 +168,11 @@ def parse(reader: Reader, user_top: int, bad: int = errno.ENOEXEC) -> Program:
             segment.filesz > segment.memsz
             or segment.memsz > user_top
             or segment.vaddr > user_top - segment.memsz
-            or (segment.vaddr - segment.offset) % PAGE
+            or segment.filesz
+            and (segment.vaddr - segment.offset) % PAGE
         ):
             raise Errno(errno.EINVAL)
-        if segment.offset + segment.filesz > reader.size:
+        if segment.filesz and segment.offset + segment.filesz > reader.size:
             raise Errno(bad)
     if not loads:
         raise Errno(bad)
@@ -216,7 +217,8 @@ def map_program(space: Any, program: Program, backing: Any, bias: int) -> None:
                 # To the page's end, not the segment's: ld.so's first allocator uses the rest (padzero,
                 # fs/binfmt_elf.c).
                 space.zero(file_end, anonymous - file_end)
-        if end > anonymous:
+        if end > anonymous:  # writable whatever the segment says, as memory of brk(2) is (vm_brk_flags)
+            prot = PROT_READ | PROT_WRITE | prot & PROT_EXEC
             space.mmap(anonymous, end - anonymous, prot, MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS)
 
 

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs.vfs import POLLERR, POLLHUP, POLLIN, POLLOUT, POLLPRI, POLLRDHUP, POLLRDNORM, POLLWRNORM
+from kvmsentry.fs.vfs import O_NONBLOCK, POLLERR, POLLHUP, POLLIN, POLLOUT, POLLPRI, POLLRDHUP, POLLRDNORM, POLLWRNORM
 from kvmsentry.net.socket import Control, Received, Socket
 from kvmsentry.syscall import abi_net as abi
 
@@ -42,6 +42,8 @@ class HostSocket(Socket, ABC):
         self.host = host
         self.watched = False
         self.poller: Any = None
+        self.accepted_from: Any = None  # its peer's address as accept(2) tells it, even when that is gone by then
+        self.ended = False  # no more datagrams are waited for: shutdown(2)
 
     # -- names: each family packs and parses its own -----------------------------------------------------------------
     @abstractmethod
@@ -110,9 +112,14 @@ class HostSocket(Socket, ABC):
             return self.host.recvmsg_into(views, 0, _DONTWAIT)[0]
         except BlockingIOError:
             self.listen_to_host()
-            return EAGAIN
+            return EAGAIN if self.waits(0) else 0
         except OSError as error:
             raise refused(error) from None
+
+    def waits(self, flags: int) -> bool:
+        """Whether nothing to be had yet means to come again. A datagram socket that was shut down for reading ends the
+        wait with nothing instead, but only for those who would wait (__skb_wait_for_more_packets)."""
+        return not self.ended or bool(self.flags & O_NONBLOCK or flags & abi.MSG_DONTWAIT)
 
     def write(self, views: list[memoryview]) -> int:
         """write(2)."""
@@ -163,20 +170,23 @@ class HostSocket(Socket, ABC):
             n, ancillary, out, address = self.host.recvmsg_into(views, CONTROL_ROOM, host_flags)
         except BlockingIOError:
             self.listen_to_host()
-            return EAGAIN
+            return EAGAIN if self.waits(flags) else Received(0)
         except OSError as error:
             raise refused(error) from None
         out &= ~(abi.MSG_DONTWAIT | abi.MSG_NOSIGNAL | abi.MSG_CMSG_CLOEXEC)
         return Received(n, self.sockaddr(address) if address else b"", out, ancillary or None)
 
     def shutdown(self, how: int) -> None:
-        """shutdown(2)."""
+        """shutdown(2); a datagram socket that is not connected is shut down all the same (inet_shutdown)."""
+        if self.kind != abi.SOCK_STREAM and how != abi.SHUT_WR:
+            self.ended = True
         try:
             self.host.shutdown(how)
         except OSError as error:
             raise refused(error) from None
-        if not self.watched:
-            self.queue.wake()
+        finally:
+            if not self.watched or self.ended:
+                self.queue.wake()
 
     def ioctl(self, task: Task, request: int, argument: int) -> int:
         """FIONREAD and its like from the host socket, the rest about interfaces."""

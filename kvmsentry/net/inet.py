@@ -100,7 +100,7 @@ class InetSocket(HostSocket):
     def accept(self, task: Task, flags: int) -> InetSocket | int:
         """accept4(2)."""
         try:
-            fd, _ = self.host._accept()  # type: ignore[attr-defined]
+            fd, peer = self.host._accept()  # type: ignore[attr-defined]
         except BlockingIOError:
             self.listen_to_host()
             return -errno.EAGAIN
@@ -108,7 +108,9 @@ class InetSocket(HostSocket):
             raise refused(error) from None
         host = socket.socket(self.family, self.kind, self.protocol, fileno=fd)
         host.setblocking(False)
-        return type(self)(task, host, self.family, self.kind, self.protocol)
+        child = type(self)(task, host, self.family, self.kind, self.protocol)
+        child.accepted_from = peer
+        return child
 
     def connect(self, task: Task, name: bytes, again: bool) -> int:
         """connect(2). Asked again, the host tells how the first attempt went."""
@@ -149,6 +151,8 @@ class InetSocket(HostSocket):
                 raise Errno(errno.EPERM)
             if name in (abi.SO_ATTACH_FILTER, 50):  # SO_ATTACH_BPF
                 raise Errno(errno.EPERM)
+            if name == 27:  # SO_DETACH_FILTER: there never is one
+                raise Errno(errno.ENOENT)
         directions, most = options.OPTIONS.get((level, name), (0, 0))
         if not directions & options.SET:
             raise Errno(errno.ENOPROTOOPT)

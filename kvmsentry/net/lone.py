@@ -386,7 +386,7 @@ class LoneSocket(InetSocket):
                 n, _, out, sender = self.host.recvmsg_into(views, 0, host_flags)
             except BlockingIOError:
                 self.listen_to_host()
-                return -errno.EAGAIN
+                return -errno.EAGAIN if self.waits(flags) else Received(0)
             except OSError as error:
                 raise refused(error) from None
             return Received(n, self._named(self._place(sender)), out & ~OUT_OF_SIGHT)

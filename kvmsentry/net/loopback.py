@@ -217,6 +217,8 @@ class TcpSocket(InetSocket):
                 return super().recv(task, views, flags)
             n = self._read_before(views)
         elif flags & abi.MSG_PEEK and inbox.used:
+            if flags & abi.MSG_TRUNC:  # counted, not copied (tcp_recvmsg_locked)
+                return Received(min(inbox.used, sum(map(len, views))))
             n = inbox.take(views, peek=True)
         elif not inbox.used and self.ends_by_host:
             return super().recv(task, views, flags)

@@ -190,6 +190,9 @@ class Socket(File):
         raise Errno(errno.EINVAL)
 
 
+NOBODY = (0, 65534, 65534)  # who sent what was written before anybody asked
+
+
 def credentials_of(task: Task) -> tuple[int, int, int]:
     """(pid, uid, gid) as SO_PEERCRED and SCM_CREDENTIALS tell them: the process and its effective ids."""
     creds = task.creds

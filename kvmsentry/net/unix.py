@@ -31,6 +31,7 @@ from kvmsentry.fs.vfs import (
     permission,
     walk,
 )  # fmt: skip
+from kvmsentry.kernel import cap
 from kvmsentry.kernel.namespaces import Simple
 from kvmsentry.kernel.traps import WaitQueue
 from kvmsentry.net import scm
@@ -52,6 +53,7 @@ S_IFSOCK = 0o140000
 READABLE = POLLIN | POLLRDNORM
 WRITABLE = POLLOUT | POLLWRNORM | POLLWRBAND
 HUNG_UP = READABLE | WRITABLE | POLLHUP | POLLRDHUP
+MAX_FORCED = 16 * MAX_BUFFER  # the most SO_SNDBUFFORCE gets: it is memory of the Sentry
 UNKNOWN = (0, 0xFFFFFFFF, 0xFFFFFFFF)  # SO_PEERCRED of a socket without a peer
 CLOSED, LISTENING, CONNECTED = range(3)
 
@@ -233,7 +235,7 @@ class UnixSocket(Socket, ABC):
             self.room.wake()
         self.backlog_most = most
         self.state = LISTENING
-        self.creds = credentials_of(task)
+        self.creds = self.peercred = credentials_of(task)  # its own are its peer's for now (init_peercred)
         self.peer_groups = task.creds.groups
 
     def connect(self, task: Task, name: bytes, again: bool) -> int:
@@ -385,6 +387,13 @@ class UnixSocket(Socket, ABC):
             self.peek_offset = max(-1, number)
         elif name in _REMEMBERED:
             self.misc[name] = number if name in (abi.SO_PRIORITY, abi.SO_RCVLOWAT) else int(bool(number))
+        elif name in (abi.SO_SNDBUFFORCE, abi.SO_RCVBUFFORCE) and task.creds.capable(cap.NET_ADMIN):
+            size = 2 * min(max(number, 0), MAX_FORCED)
+            if name == abi.SO_RCVBUFFORCE:
+                self.rcvbuf = max(size, MIN_RCVBUF)
+            else:
+                self.set_sndbuf(max(size, MIN_SNDBUF))
+                self.queue.wake(WRITABLE)
         elif name in (abi.SO_SNDBUFFORCE, abi.SO_RCVBUFFORCE, abi.SO_MARK):
             raise Errno(errno.EPERM)
         else:

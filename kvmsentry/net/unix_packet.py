@@ -11,7 +11,7 @@ from kvmsentry.fs.anon import scatter
 from kvmsentry.fs.vfs import POLLHUP, TASK_IO, File
 from kvmsentry.kernel.traps import WaitQueue
 from kvmsentry.net import scm
-from kvmsentry.net.socket import Control, Received, credentials_of
+from kvmsentry.net.socket import NOBODY, Control, Received, credentials_of
 from kvmsentry.net.unix import CLOSED, CONNECTED, LISTENING, READABLE, WRITABLE, UnixSocket, parse, sockaddr
 from kvmsentry.syscall import abi_net as abi
 
@@ -166,7 +166,10 @@ class PacketSocket(UnixSocket):
             return -errno.EPIPE
         if other is not self and other.peer is not self and len(other.packets) > QUEUE_MOST:
             return -errno.EAGAIN
-        creds = control.creds if control is not None and control.creds is not None else credentials_of(task)
+        if control is not None and control.creds is not None:
+            creds = control.creds
+        else:  # only told when one of the two asks by now (maybe_add_creds)
+            creds = credentials_of(task) if self.passcred or other.passcred else NOBODY
         files = control.files if control is not None else []
         packet = Packet(b"".join(views), self, creds, files)
         scm.depart(files)

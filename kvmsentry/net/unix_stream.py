@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 from kvmsentry.fs.vfs import POLLHUP, File
 from kvmsentry.net import scm
 from kvmsentry.net.ring import Ring
-from kvmsentry.net.socket import Control, Received, credentials_of
+from kvmsentry.net.socket import NOBODY, Control, Received, credentials_of
 from kvmsentry.net.unix import CLOSED, CONNECTED, LISTENING, READABLE, WRITABLE, UnixSocket, sockaddr
 from kvmsentry.syscall import abi_net as abi
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.task import Task
 
-NOBODY = (0, 65534, 65534)  # who sent bytes that were written before anybody asked
 
 
 class StreamSocket(UnixSocket):
@@ -58,7 +57,7 @@ class StreamSocket(UnixSocket):
         ring = self.inbox
         used = ring.used
         if not used:
-            return self._nothing(views)
+            return self._nothing() if views else 0
         if ring.marks is not None:
             received = self._marked(views, False)
             if received.files:
@@ -74,12 +73,12 @@ class StreamSocket(UnixSocket):
         """read(2) when somebody wants credentials: the same."""
         return self.read(views)
 
-    def _nothing(self, views: list[memoryview]) -> int:
+    def _nothing(self) -> int:
         if self.error:
             return -self.take_error()
         if self.state != CONNECTED:
             return -errno.EINVAL
-        if self.down & abi.RCV_SHUTDOWN or not views:
+        if self.down & abi.RCV_SHUTDOWN:
             return 0
         return -errno.EAGAIN
 
@@ -90,7 +89,7 @@ class StreamSocket(UnixSocket):
         ring = self.inbox
         skip = self.peek_offset if flags & abi.MSG_PEEK and self.peek_offset > 0 else 0
         if ring.used <= skip:
-            n = self._nothing(views)
+            n = self._nothing()
             return n if n < 0 else Received(0)
         name = sockaddr(self.peer.name) if self.peer is not None and self.peer.name is not None else b""
         if flags & abi.MSG_PEEK and not ring.marks and not self.passcred:

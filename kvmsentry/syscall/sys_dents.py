@@ -6,7 +6,8 @@ import errno
 import time
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs.vfs import O_NOATIME, File
+from kvmsentry.fs.inotify import accessed
+from kvmsentry.fs.vfs import O_NOATIME, WATCHES, File
 from kvmsentry.kernel.task import Task
 from kvmsentry.syscall.abi_fs import DIRENT, DIRENT64
 from kvmsentry.syscall.table import Fd, UInt, UserPtr, syscall
@@ -43,13 +44,37 @@ def _entries(task: Task, fd: int) -> tuple[File, list[tuple[bytes, int, int]]]:
     return file, entries
 
 
+def _put(task: Task, file: File, dirp: int, out: bytes | bytearray, start: int, pos: int) -> int:
+    """Hand out the entries `start` to `pos`, which `out` holds; those that fit where the memory ends early. EFAULT when
+    not even the first does."""
+    if WATCHES:
+        accessed(file)
+    try:
+        task.mm.write(dirp, out)
+        file.pos = pos
+        return len(out)
+    except Errno:
+        used = 0
+        for position in range(start, pos):
+            end = used + int.from_bytes(out[used + 16 : used + 18], "little")  # d_reclen
+            try:
+                task.mm.write(dirp + used, out[used:end])
+            except Errno:
+                if not used:
+                    raise
+                break
+            used = end
+            file.pos = position + 1
+        return used
+
+
 @syscall(217)
 def getdents64(task: Task, fd: Fd, dirp: UserPtr, count: UInt) -> int:
     try:
         file, entries = _entries(task, fd)
     except NotADirectoryError:
         return -errno.ENOTDIR
-    count = min(count, _MOST)
+    count = min(count, _MOST) if count <= 0x7FFFFFFF else 0  # an int in Linux: too small
     pos = start = file.pos
     parts = []
     used = 0
@@ -67,9 +92,7 @@ def getdents64(task: Task, fd: Fd, dirp: UserPtr, count: UInt) -> int:
         parts.append(padding[size - 19 - length])
     if pos == start:
         return -errno.EINVAL if start < len(entries) else 0
-    task.mm.write(dirp, b"".join(parts))
-    file.pos = pos
-    return used
+    return _put(task, file, dirp, b"".join(parts), start, pos)
 
 
 @syscall(78)
@@ -78,7 +101,7 @@ def getdents(task: Task, fd: Fd, dirp: UserPtr, count: UInt) -> int:
         file, entries = _entries(task, fd)
     except NotADirectoryError:
         return -errno.ENOTDIR
-    count = min(count, _MOST)
+    count = min(count, _MOST) if count <= 0x7FFFFFFF else 0  # an int in Linux: too small
     pos = start = file.pos
     out = bytearray()
     for name, ino, kind in entries[pos:]:
@@ -91,6 +114,4 @@ def getdents(task: Task, fd: Fd, dirp: UserPtr, count: UInt) -> int:
         out.append(kind)
     if pos == start:
         return -errno.EINVAL if start < len(entries) else 0
-    task.mm.write(dirp, out)
-    file.pos = pos
-    return len(out)
+    return _put(task, file, dirp, out, start, pos)

@@ -56,6 +56,8 @@ FICLONE, FICLONERANGE, FS_IOC_FIEMAP = 0x40049409, 0x4020940D, 0xC020660B
 SIGIO = 29
 POLL_IN, POLL_OUT, POLL_MSG, POLL_ERR, POLL_PRI, POLL_HUP = 1, 2, 3, 4, 5, 6  # si_code of SIGIO, siginfo.h
 POLL_MSG_BAND = 0x441  # band_table in fs/fcntl.c: POLLIN | POLLRDNORM | POLLMSG
+# What happened (poll's bits), and the si_code and si_band that tell it (the same table).
+_BANDS = ((16, POLL_HUP, 0x18), (8, POLL_ERR, 0x08), (2, POLL_PRI, 0x82), (1, POLL_IN, 0x41), (4, POLL_OUT, 0x304))
 
 CAP_FOWNER, CAP_LEASE = 3, 28
 
@@ -70,23 +72,24 @@ class Owner:
     """Who gets SIGIO for a file (struct fown_struct): a thread, a process or a group, on behalf of whom, and which
     signal."""
 
-    __slots__ = ("kind", "id", "uid", "euid", "signo", "fd")
+    __slots__ = ("kind", "id", "uid", "euid", "signo")
 
     def __init__(self) -> None:
-        self.kind, self.id, self.uid, self.euid, self.signo, self.fd = F_OWNER_PID, 0, 0, 0, 0, -1
+        self.kind, self.id, self.uid, self.euid, self.signo = F_OWNER_PID, 0, 0, 0, 0
 
 
 class AsyncNotice:
-    """Stands in the wait queue of a file with O_ASYNC and turns what happens into signals (kill_fasync, send_sigio)."""
+    """Stands in the wait queue of a file with O_ASYNC and turns what happens into signals (kill_fasync, send_sigio).
+    They tell `fd`, the descriptor it was asked for on, for ever (fa_fd)."""
 
-    __slots__ = ("file", "kernel")
+    __slots__ = ("file", "kernel", "fd")
 
-    def __init__(self, file: File, kernel: Any) -> None:
-        self.file, self.kernel = file, kernel
+    def __init__(self, file: File, kernel: Any, fd: int) -> None:
+        self.file, self.kernel, self.fd = file, kernel, fd
 
     def notify(self, mask: int) -> bool:
         """Something happened to the file; never takes the event from others."""
-        code, band = next(((c, m) for m, c in _BANDS if mask & m), (POLL_IN, 1))
+        code, band = next(((code, band) for bit, code, band in _BANDS if mask & bit), (POLL_IN, 0x41))
         self.send(code, band)
         return False
 
@@ -97,7 +100,7 @@ class AsyncNotice:
         owner = self.file.owner
         if owner is None or not owner.id:
             return
-        info = SigInfo(owner.signo or SIGIO, code if owner.signo else 0x80, band=band, fd=owner.fd)
+        info = SigInfo(owner.signo or SIGIO, code if owner.signo else 0x80, band=band, fd=self.fd)
         kernel = self.kernel
         if owner.kind == F_OWNER_PGRP:
             for session in kernel.sessions.values():
@@ -114,16 +117,13 @@ class AsyncNotice:
                 signals.send_process(process, info)
 
 
-_BANDS = ((16, POLL_HUP), (8, POLL_ERR), (2, POLL_PRI), (1, POLL_IN), (4, POLL_OUT))
-
-
-def set_async(task: Task, file: File, on: bool) -> None:
-    """Switch O_ASYNC on or off; without effect on files that never become ready."""
+def set_async(task: Task, file: File, fd: int, on: bool) -> None:
+    """Switch O_ASYNC on or off through `fd`; without effect on files that never become ready."""
     if file.queue is None:
         return
     notice = file.__dict__.get("async_notice")
     if on and notice is None:
-        notice = AsyncNotice(file, task.kernel)
+        notice = AsyncNotice(file, task.kernel, fd)
         file.__dict__["async_notice"] = notice
         file.queue.add(notice)
         if file.endings is None:
@@ -152,7 +152,7 @@ def fcntl(task: Task, fd: Fd, command: UInt, arg: ULong) -> Any:
     if command == F_GETFL:
         return file.flags & ~TASK_IO
     if command == F_SETFL:
-        return set_flags(task, file, arg & 0xFFFFFFFF)
+        return set_flags(task, file, fd, arg & 0xFFFFFFFF)
     if command == F_GETFD:
         return int(fd in table.cloexec)
     if command == F_SETFD:
@@ -176,7 +176,7 @@ def fcntl(task: Task, fd: Fd, command: UInt, arg: ULong) -> Any:
     if command == F_DUPFD_QUERY:
         return int(table.files.get(arg & 0xFFFFFFFF) is file)
     if command == F_NOTIFY:
-        dnotify.notify(file, arg & 0xFFFFFFFF, lambda: AsyncNotice(file, task.kernel).send(POLL_MSG, POLL_MSG_BAND))
+        dnotify.notify(file, arg & 0xFFFFFFFF, lambda: AsyncNotice(file, task.kernel, fd).send(POLL_MSG, POLL_MSG_BAND))
         if file.owner is None or not file.owner.id:
             ownership(task, file, fd, F_SETOWN, task.process.vpid)
         return 0
@@ -194,13 +194,13 @@ def fcntl(task: Task, fd: Fd, command: UInt, arg: ULong) -> Any:
     raise Errno(errno.EINVAL)
 
 
-def set_flags(task: Task, file: File, flags: int) -> int:
+def set_flags(task: Task, file: File, fd: int, flags: int) -> int:
     """F_SETFL (setfl in fs/fcntl.c)."""
     creds = task.creds
     if flags & O_NOATIME & ~file.flags and not owner_or_capable(file.inode, creds):
         raise Errno(errno.EPERM)
     if (flags ^ file.flags) & FASYNC:
-        set_async(task, file, bool(flags & FASYNC))
+        set_async(task, file, fd, bool(flags & FASYNC))
     flags &= SETFL_MASK & ~FASYNC
     file.flags = (file.flags & ~(SETFL_MASK & ~FASYNC)) | flags
     if isinstance(file, PipeFile):
@@ -225,7 +225,7 @@ def ownership(task: Task, file: File, fd: int, command: int, arg: int) -> int:
     if command == F_SETSIG:
         if arg > 64:
             raise Errno(errno.EINVAL)
-        owner.signo, owner.fd = arg, fd
+        owner.signo = arg
         file.owner = owner
         return 0
     if command == F_SETOWN_EX:
@@ -243,7 +243,7 @@ def ownership(task: Task, file: File, fd: int, command: int, arg: int) -> int:
         number = _owner_id(space, kind, number)
         if not number:
             raise Errno(errno.ESRCH)
-    owner.kind, owner.id, owner.fd = kind, number, fd
+    owner.kind, owner.id = kind, number
     owner.uid, owner.euid = task.creds.uid, task.creds.euid
     file.owner = owner
     return 0
@@ -390,7 +390,7 @@ def ioctl(task: Task, fd: Fd, request: UInt, arg: ULong) -> Any:
         if bool(on) != bool(file.flags & FASYNC):
             if file.queue is None:
                 raise Errno(errno.ENOTTY)
-            set_async(task, file, bool(on))
+            set_async(task, file, fd, bool(on))
         return 0
     if request == FS_IOC_FIEMAP:
         raise Errno(errno.EOPNOTSUPP)  # as of a tmpfs: no file here has blocks on a disk

@@ -332,7 +332,7 @@ def pread64(task: Task, fd: Fd, buf: UserPtr, count: Size, pos: Offset) -> Any:
     """pread(2)."""
     if pos < 0:
         raise Errno(errno.EINVAL)
-    file = positioned(readable(task.files.files.get(fd)))
+    file = readable(positioned(task.files.files.get(fd)))
     if not 0 < count <= BIG:
         check_range(buf, count)
         count = min(count, MAX_RW_COUNT)
@@ -342,6 +342,8 @@ def pread64(task: Task, fd: Fd, buf: UserPtr, count: Size, pos: Offset) -> Any:
             )
         return file.pread([], pos)
     n = file.pread(task.mm.views(buf, count, True), pos)
+    if not n and pos + count > SSIZE_MAX:
+        raise Errno(errno.EINVAL)  # rw_verify_area
     if n > 0 and WATCHES:
         accessed(file)
     return n
@@ -352,8 +354,10 @@ def pwrite64(task: Task, fd: Fd, buf: UserPtr, count: Size, pos: Offset) -> Any:
     """pwrite(2); with O_APPEND it appends, as on Linux."""
     if pos < 0:
         raise Errno(errno.EINVAL)
-    file = positioned(writable(task.files.files.get(fd)))
+    file = writable(positioned(task.files.files.get(fd)))
     check_range(buf, count)
+    if pos + count > SSIZE_MAX:
+        raise Errno(errno.EINVAL)  # rw_verify_area
     count = min(count, MAX_RW_COUNT)
     if file.flags & O_APPEND and file.seekable:
         pos = file.inode.size
@@ -369,10 +373,12 @@ def pwrite64(task: Task, fd: Fd, buf: UserPtr, count: Size, pos: Offset) -> Any:
     return n
 
 
-def positioned(file: File) -> File:
-    """`file`, if reads and writes at a position mean something; ESPIPE."""
-    if not file.seekable and type(file).pread is File.pread and type(file).pwrite is File.pwrite:
-        raise Errno(errno.ESPIPE)
+def positioned(file: File | None) -> File | None:
+    """`file`, unless reads and writes at a position mean nothing to it: ESPIPE, whatever it is open for
+    (FMODE_PREAD comes before FMODE_READ in ksys_pread64)."""
+    if file is not None and not file.seekable and type(file).pread is File.pread and type(file).pwrite is File.pwrite:
+        if not file.flags & O_PATH:
+            raise Errno(errno.ESPIPE)
     return file
 
 
@@ -398,6 +404,8 @@ def fetch_iov(task: Task, vec: int, count: int) -> tuple[list[tuple[int, int]], 
                     continue
             total += length
             iov.append((base, length))
+        elif base > USER_TOP:
+            raise Errno(errno.EFAULT)
     return iov, total
 
 
@@ -495,7 +503,7 @@ def preadv2(task: Task, fd: Fd, vec: UserPtr, count: Size, pos: Offset, high: Lo
 def _preadv(task: Task, fd: int, vec: int, count: int, pos: int, flags: int) -> int:
     if pos < 0:
         raise Errno(errno.EINVAL)
-    file = positioned(readable(task.files.files.get(fd)))
+    file = readable(positioned(task.files.files.get(fd)))
     iov, total = fetch_iov(task, vec, count)
     if not total:
         return 0
@@ -539,7 +547,7 @@ def pwritev2(task: Task, fd: Fd, vec: UserPtr, count: Size, pos: Offset, high: L
 def _pwritev(task: Task, fd: int, vec: int, count: int, pos: int, flags: int) -> int:
     if pos < 0:
         raise Errno(errno.EINVAL)
-    file = positioned(writable(task.files.files.get(fd)))
+    file = writable(positioned(task.files.files.get(fd)))
     iov, total = fetch_iov(task, vec, count)
     if not total:
         return 0

@@ -44,8 +44,10 @@ def mmap(task: Task, addr: UserPtr, length: Size, prot: ULong, flags: UInt, fd: 
             return -errno.EACCES
         if kind != MAP_PRIVATE and prot & PROT_WRITE and not file.writable:
             return -errno.EACCES
-        if prot & PROT_EXEC and file.path is not None and file.path.mount.flags & MS_NOEXEC:
-            return -errno.EPERM
+        if file.path is not None and file.path.mount.flags & MS_NOEXEC:
+            if prot & PROT_EXEC:
+                return -errno.EPERM
+            max_prot = 7 & ~PROT_EXEC  # nor by mprotect(2) later (VM_MAYEXEC)
         if offset + length >= 1 << 63:
             return -errno.EOVERFLOW
         backing = file.backing()
@@ -59,7 +61,8 @@ def mmap(task: Task, addr: UserPtr, length: Size, prot: ULong, flags: UInt, fd: 
                 if prot & 2:
                     return -errno.EPERM
                 writable = False
-            max_prot = 7 if writable else 5
+            if not writable:
+                max_prot &= ~PROT_WRITE
     if flags & MAP_POPULATE and length > LONG and not flags & (MAP_LOCKED | MAP_NONBLOCK):
         where = task.mm.mmap(addr, length, prot & 7, flags & ~MAP_POPULATE, backing, offset, max_prot)
         return _fill_then(task, [(where, where + length, bool(prot & PROT_WRITE))], where) if prot & 7 else where

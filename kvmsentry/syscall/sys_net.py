@@ -190,7 +190,9 @@ def _accepted(task: Task, child: Any, addr: int, length_at: int, flags: int) -> 
             try:
                 name = child.getpeername()
             except Errno:  # gone already
-                raise Errno(errno.ECONNABORTED) from None
+                if getattr(child, "accepted_from", None) is None:
+                    raise Errno(errno.ECONNABORTED) from None
+                name = child.sockaddr(child.accepted_from)
             store_name(task, name, addr, length_at)
         except Errno:
             task.files.remove(fd).put()

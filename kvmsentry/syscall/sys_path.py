@@ -14,6 +14,7 @@ from kvmsentry.fs.vfs import (
     MAY_EXEC,
     O_CLOEXEC,
     O_CREAT,
+    O_LARGEFILE,
     O_PATH,
     O_TMPFILE,
     O_TRUNC,
@@ -129,17 +130,18 @@ async def _install_later(task: Task, opening: Any, flags: int) -> int:
 
 @syscall(2)
 def sys_open(task: Task, pathname: Path, flags: OpenFlags, mode: Mode) -> Any:
-    return _open(task, AT_FDCWD, task.mm.read_cstring(pathname, PATH_MAX), flags, mode)
+    return _open(task, AT_FDCWD, task.mm.read_cstring(pathname, PATH_MAX), flags | O_LARGEFILE, mode)
 
 
 @syscall(85)
 def creat(task: Task, pathname: Path, mode: Mode) -> Any:
-    return _open(task, AT_FDCWD, task.mm.read_cstring(pathname, PATH_MAX), O_CREAT | O_WRONLY | O_TRUNC, mode)
+    flags = O_CREAT | O_WRONLY | O_TRUNC | O_LARGEFILE
+    return _open(task, AT_FDCWD, task.mm.read_cstring(pathname, PATH_MAX), flags, mode)
 
 
 @syscall(257)
 def openat(task: Task, dirfd: DirFd, pathname: Path, flags: OpenFlags, mode: Mode) -> Any:
-    return _open(task, dirfd, task.mm.read_cstring(pathname, PATH_MAX), flags, mode)
+    return _open(task, dirfd, task.mm.read_cstring(pathname, PATH_MAX), flags | O_LARGEFILE, mode)
 
 
 @syscall(437, partial="RESOLVE_CACHED is EAGAIN")

@@ -146,6 +146,14 @@ def test_static_pie_and_interpreter(world: World, space: AddressSpace) -> None:
     other.destroy()
 
 
+def test_memory_without_a_file_is_writable_and_lies_anywhere_in_it(world: World, space: AddressSpace) -> None:
+    segments = [*STATIC, (LOAD, R, 0x123, 0x410000, 0, PAGE), (LOAD, R, 1 << 40, 0x411000, 0, PAGE)]
+    run(world, space, build(segments))
+    assert [(vma.start, vma.end, vma.prot) for vma in space.maps() if 0x410000 <= vma.start < 0x412000] == [
+        (0x410000, 0x412000, 3)
+    ]
+
+
 def test_alignment_of_segments_is_kept(world: World, space: AddressSpace) -> None:
     image = run(world, space, build([(LOAD, RX, 0, 0, PAGE, PAGE, 1 << 21)], kind=3, entry=0))
     assert image.bias % (1 << 21) == 0

@@ -171,7 +171,7 @@ def test_links(world, init):
     world.call(init, 87, world.put(init, b"/bin/b\0"))  # unlink
     assert world.place(init, link, 0).inode.readlink(init) == b"/bin/b (deleted)"
     assert world.open(init, link) == fd + 1  # the file itself, not its name
-    assert world.whole(init, b"/proc/self/fdinfo/%d" % fd).startswith(b"pos:\t0\nflags:\t00\nmnt_id:\t")
+    assert world.whole(init, b"/proc/self/fdinfo/%d" % fd).startswith(b"pos:\t0\nflags:\t0100000\nmnt_id:\t")
     world.call(init, CLOSE, fd)
     assert world.open(init, link) == -errno.ENOENT
 
