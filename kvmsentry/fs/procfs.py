@@ -69,7 +69,7 @@ FILES: dict[bytes, tuple[int, Show, Take | None]] = {
     b"wchan": (0o444, process.wchan, None),
 }
 _NUMBERED = {b"stat": process.stat, b"status": process.status}  # they show pids: those of the mount's namespace
-_ONLY_PROCESS = frozenset((*idmaps.NAMES, b"mountstats", b"coredump_filter", b"timers", b"timerslack_ns"))
+_ONLY_PROCESS = frozenset((b"mountstats", b"coredump_filter", b"timers", b"timerslack_ns"))
 _LINKS: dict[bytes, Callable[[Any], Any]] = {
     b"cwd": lambda task: task.fs.cwd if task.fs is not None else None,
     b"exe": lambda task: task.process.exe if task.mm is not None else None,
@@ -132,6 +132,8 @@ class ProcessInode(Inode):
             return _numbered(sb, target, _NUMBERED[name], name == b"stat" and self.task is not None)
         if name in idmaps.NAMES and self.task is None:
             return idmaps.IdMapInode(sb, target, name.decode())
+        if name == b"timens_offsets" and self.task is None:
+            return idmaps.OffsetsInode(sb, target)
         if name in _LINKS:
             return links.PlaceLink(sb, target, _LINKS[name])
         if name == b"mem":
@@ -157,7 +159,7 @@ class ProcessInode(Inode):
         names = [*((name, DT_DIR) for name in _DIRECTORIES), *((name, DT_LNK) for name in _LINKS), (b"mem", DT_REG)]
         if self.task is None:
             names += [(b"task", DT_DIR), (b"map_files", DT_DIR)]
-            names += [(name, DT_REG) for name in (*FILES, *_NUMBERED, *idmaps.NAMES)]
+            names += [(name, DT_REG) for name in (*FILES, *_NUMBERED, *idmaps.NAMES, b"timens_offsets")]
         else:
             names.append((b"children", DT_REG))
             names += [(name, DT_REG) for name in (*FILES, *_NUMBERED) if name not in _ONLY_PROCESS]
