@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs.proc import idmaps, links, mapfiles, memory, net, process, sysctl, system
+from kvmsentry.fs.proc import idmaps, links, mapfiles, memory, net, process, sysctl, system, sysvipc
 from kvmsentry.fs.proc.nodes import KernelSuper, LinkInode, TextInode, TreeInode
 from kvmsentry.fs.vfs import DT_DIR, DT_LNK, DT_REG, Inode, SuperBlock
 
@@ -309,7 +309,7 @@ class ProcSuper(KernelSuper):
         entries[b"sys"] = sysctl.build(self, kernel)
         entries[b"tty"] = TreeInode(self, {b"drivers": TextInode(self, lambda task: _TTY_DRIVERS),
                                            b"ldiscs": TextInode(self, lambda task: "n_tty       0\n")})  # fmt: skip
-        entries[b"sysvipc"] = TreeInode(self, {})
+        entries[b"sysvipc"] = TreeInode(self, sysvipc.tables())
         entries[b"bus"] = TreeInode(self, {})
         entries[b"driver"] = TreeInode(self, {})
         entries[b"fs"] = TreeInode(self, {})

@@ -136,6 +136,10 @@ def unshare(task: Task, flags: int) -> None:
     if fs is not task.fs:
         task.fs.put()
         task.fs = fs
+    if flags & CLONE_NEWIPC:
+        from kvmsentry.kernel import sysvipc
+
+        sysvipc.end_process(task.process)  # exit_sem, exit_shm
     task.creds, task.uts, task.ns = creds, uts, ns
 
 
@@ -213,7 +217,7 @@ def enter(task: Task, wanted: list[Any]) -> int:
     if "ipc" in changes:
         from kvmsentry.kernel import sysvipc
 
-        sysvipc.end_process(task.process)  # exit_sem: undo of semaphores that stay behind
+        sysvipc.end_undo(task.process)  # exit_sem: undo of semaphores that stay behind
     task.creds, task.uts = creds, uts
     if changes:
         task.ns = task.ns.replace(**changes)
