@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs.proc import idmaps, links, mapfiles, memory, net, process, sysctl, system, sysvipc
+from kvmsentry.fs.proc.access import may_look
 from kvmsentry.fs.proc.nodes import KernelSuper, LinkInode, TextInode, TreeInode
-from kvmsentry.fs.vfs import DT_DIR, DT_LNK, DT_REG, Inode, SuperBlock
+from kvmsentry.fs.vfs import DT_DIR, DT_LNK, DT_REG, File, Inode, Path, SuperBlock
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.kernel import Kernel
@@ -88,6 +89,12 @@ class ProcessInode(Inode):
         self.process, self.task = process, task
         self._children: dict[bytes, Inode] = {}
         self.refresh()
+
+    def open(self, task: Task, path: Path, flags: int) -> File:
+        """EPERM or ENOENT when the mount hides it."""
+        if self.sb.hides:
+            self.sb.look(task, self, b"")
+        return super().open(task, path, flags)
 
     def target(self) -> Task:
         """The thread it is about; ESRCH when it is no more."""
@@ -291,12 +298,19 @@ def _thread_self(task: Task | None, ns: PidNamespace) -> bytes:
     return b"%s/task/%d" % (pid, ns.tid_of(task))
 
 
+HIDEPID = {"off": 0, "noaccess": 1, "invisible": 2, "ptraceable": 4, "0": 0, "1": 1, "2": 2, "4": 4}
+NO_ACCESS, INVISIBLE, NOT_PTRACEABLE = 1, 2, 4  # include/linux/proc_fs.h
+ALWAYS = (b"self", b"thread-self")  # with subset=pid
+
+
 class ProcSuper(KernelSuper):
     """The file system, showing the processes of one PID namespace (the first one unless told). Make one before the
     Sentry is locked down: it looks once at the host's processor."""
 
     magic = PROC_SUPER_MAGIC
     fstype = "proc"
+    hide_pid = gid = 0  # proc(5), mount options
+    pid_only = False
 
     def __init__(self, kernel: Kernel, pid_ns: PidNamespace | None = None) -> None:
         super().__init__(kernel)
@@ -314,7 +328,67 @@ class ProcSuper(KernelSuper):
         entries[b"driver"] = TreeInode(self, {})
         entries[b"fs"] = TreeInode(self, {})
         entries[b"irq"] = TreeInode(self, {})
-        self.root: Inode = RootInode(self, entries)
+        self.root: RootInode = RootInode(self, entries)
+
+    def configure(self, options: dict[str, str]) -> None:
+        """Take mount options of proc(5): hidepid, gid, subset; EINVAL. What is not named stays."""
+        hide_pid, gid, pid_only = self.hide_pid, self.gid, self.pid_only
+        for name, value in options.items():
+            if name == "gid" and value.isdigit():
+                gid = int(value)
+            elif name == "hidepid" and value in HIDEPID:
+                hide_pid = HIDEPID[value]
+            elif name == "subset" and not set(value.split(",")) - {"", "pid"}:
+                pid_only = "pid" in value.split(",")
+            else:
+                raise Errno(errno.EINVAL)
+        self.hide_pid, self.gid, self.pid_only = hide_pid, gid, pid_only
+        self.hides = bool(hide_pid or pid_only)
+        names = {number: name for name, number in HIDEPID.items() if not name.isdigit()}
+        shown = [f"gid={gid}"] if gid else []
+        shown += [f"hidepid={names[hide_pid]}"] if hide_pid else []
+        self.options = ",".join([*shown, "subset=pid"] if pid_only else shown)
+
+    def permitted(self, task: Task, process: Process, least: int) -> bool:
+        """has_pid_permissions in fs/proc/base.c: may `task` do what hidepid=`least` and above keep from strangers?"""
+        creds = task.creds
+        if self.hide_pid != NOT_PTRACEABLE and (
+            self.hide_pid < least or self.gid == creds.fsgid or self.gid in creds.groups
+        ):
+            return True
+        return may_look(task, process.leader)
+
+    def look(self, task: Task, directory: Inode, name: bytes) -> None:
+        """ENOENT or EPERM: see `permitted`; proc_pid_permission."""
+        if directory is self.root:
+            if self.pid_only and name in self.root.entries and name not in ALWAYS:
+                raise Errno(errno.ENOENT)
+            if not name.isdigit() or self.hide_pid < INVISIBLE:
+                return
+            thread = self.pid_ns.tasks.get(_pid(name))
+            if thread is not None and not self.permitted(task, thread.process, INVISIBLE):
+                raise Errno(errno.ENOENT)
+        elif directory.__class__ is ProcessInode and directory.task is None:
+            if not self.permitted(task, directory.process, NO_ACCESS):
+                raise Errno(errno.EPERM if self.hide_pid == NO_ACCESS else errno.ENOENT)
+
+    def visible(self, task: Task, directory: Inode, entries: Iterable[tuple[bytes, int, int]]) -> Iterable[Any]:
+        """The names in /proc that are left."""
+        if directory is not self.root:
+            if directory.__class__ is ProcessInode and directory.task is None:
+                self.look(task, directory, b"")
+            return entries
+        seen = []
+        for entry in entries:
+            name = entry[0]
+            if name.isdigit():
+                process = self.pid_ns.processes.get(int(name))
+                if process is None or not self.permitted(task, process, INVISIBLE):
+                    continue
+            elif self.pid_only and name not in ALWAYS:
+                continue
+            seen.append(entry)
+        return seen
 
 
 _TTY_DRIVERS = (

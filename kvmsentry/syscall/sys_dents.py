@@ -16,7 +16,7 @@ _PADDING = [bytes(n) for n in range(9)]
 _MOST = 1 << 20  # bytes handed out by one call
 
 
-def _snapshot(file: File) -> list[tuple[bytes, int, int]]:
+def _snapshot(task: Task, file: File) -> list[tuple[bytes, int, int]]:
     """The entries of an open directory; `.` and `..` first. ENOTDIR; ENOENT when it was removed."""
     inode = file.inode
     if inode.mode & 0o170000 != 0o040000:
@@ -27,7 +27,8 @@ def _snapshot(file: File) -> list[tuple[bytes, int, int]]:
         parent = place.dentry.parent.inode or inode
     entries = [(b".", inode.ino, 4), (b"..", parent.ino, 4)]
     if inode.nlink:
-        entries += inode.readdir()
+        names = inode.readdir()
+        entries += inode.sb.visible(task, inode, names) if inode.sb.hides else names
     if inode.atime <= inode.mtime and not file.flags & O_NOATIME and inode.sb.caching and not inode.sb.readonly:
         inode.atime = time.time_ns()  # relatime, in memory only
     return entries
@@ -37,7 +38,7 @@ def _entries(task: Task, fd: int) -> tuple[File, list[tuple[bytes, int, int]]]:
     file = task.files.get_io(fd)
     entries = file.cursor
     if entries is None or file.pos == 0:
-        entries = file.cursor = _snapshot(file)
+        entries = file.cursor = _snapshot(task, file)
     return file, entries
 
 
