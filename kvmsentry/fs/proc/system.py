@@ -192,10 +192,12 @@ def loadavg(task: Task) -> str:
 
 
 def uptime(task: Task) -> str:
-    """/proc/uptime: seconds since boot, seconds that all processors were idle."""
+    """/proc/uptime: seconds since boot, seconds that all processors were idle. These never go back, though what a
+    process has used is known only some time after."""
     kernel = task.kernel
     up = kernel.now()
-    idle = max(0, up * len(kernel.all_cpus) - busy_ns(kernel))
+    idle = max(kernel.__dict__.get("idle_shown", 0), up * len(kernel.all_cpus) - busy_ns(kernel))
+    kernel.__dict__["idle_shown"] = idle
     up += task.ns.time.offsets[BOOTTIME]
     return f"{up / 1e9:.2f} {idle / 1e9:.2f}\n"
 
