@@ -10,6 +10,8 @@ struct timespec {
 	int64_t sec, nsec;
 };
 
+enum base { SINCE_START, WALL, SINCE_BOOT };	/* a time namespace may have the first and the last apart */
+
 /* Written by the Sentry: `sequence` is odd while it writes. */
 struct vvar {
 	uint32_t sequence;
@@ -17,8 +19,7 @@ struct vvar {
 	uint64_t tsc;		/* when the rest was true */
 	uint64_t valid;		/* ticks from then on for which it is true enough */
 	uint64_t multiplier;	/* ns = ticks * multiplier >> 32 */
-	uint64_t monotonic;	/* ns */
-	uint64_t realtime;	/* ns */
+	uint64_t base[3];	/* ns: monotonic, wall, since boot */
 };
 
 extern const volatile struct vvar vvar __attribute__((visibility("hidden")));
@@ -44,8 +45,8 @@ static inline uint64_t ticks(void)
 	return (uint64_t)high << 32 | low;
 }
 
-/* ns on the wall or since boot; -1: ask. */
-static inline int64_t now(int wall)
+/* ns; -1: ask. */
+static inline int64_t now(enum base which)
 {
 	uint32_t before;
 	uint64_t since, base;
@@ -60,7 +61,7 @@ static inline int64_t now(int wall)
 		if (since > vvar.valid)
 			return -1;
 		since = (unsigned __int128)since * vvar.multiplier >> 32;
-		base = wall ? vvar.realtime : vvar.monotonic;
+		base = vvar.base[which];
 		__atomic_thread_fence(__ATOMIC_ACQUIRE);
 	} while (__atomic_load_n(&vvar.sequence, __ATOMIC_RELAXED) != before);
 	return base + since;
@@ -71,9 +72,11 @@ long __vdso_clock_gettime(int clock, struct timespec *to)
 	int64_t ns = -1;
 
 	if (clock == REALTIME || clock == REALTIME_COARSE || clock == TAI)
-		ns = now(1);
-	else if (clock == MONOTONIC || clock == RAW || clock == MONOTONIC_COARSE || clock == BOOTTIME)
-		ns = now(0);
+		ns = now(WALL);
+	else if (clock == MONOTONIC || clock == RAW || clock == MONOTONIC_COARSE)
+		ns = now(SINCE_START);
+	else if (clock == BOOTTIME)
+		ns = now(SINCE_BOOT);
 	if (ns < 0)
 		return call(SYS_CLOCK_GETTIME, clock, (long)to, 0);
 	to->sec = ns / NS;
@@ -83,7 +86,7 @@ long __vdso_clock_gettime(int clock, struct timespec *to)
 
 long __vdso_gettimeofday(struct timespec *to, void *zone)
 {
-	int64_t ns = zone ? -1 : now(1);
+	int64_t ns = zone ? -1 : now(WALL);
 
 	if (ns < 0 || !to)
 		return call(SYS_GETTIMEOFDAY, (long)to, (long)zone, 0);
@@ -94,7 +97,7 @@ long __vdso_gettimeofday(struct timespec *to, void *zone)
 
 long __vdso_time(int64_t *to)
 {
-	int64_t ns = now(1);
+	int64_t ns = now(WALL);
 
 	if (ns < 0)
 		return call(SYS_TIME, (long)to, 0, 0);

@@ -166,7 +166,6 @@ def _tmpfs(kernel: Kernel, options: dict[str, str]) -> SuperBlock:
     sb.pool.limit = kernel.frames.limit_pages // 2  # tmpfs(5): half of RAM unless told
     sb.inode_limit = default_inodes(kernel)
     sb.configure(options)
-    sb.options = ",".join(f"{name}={value}" if value else name for name, value in options.items())
     return sb
 
 
@@ -184,6 +183,15 @@ def _mqueue(kernel: Kernel, options: dict[str, str]) -> SuperBlock:
     from kvmsentry.fs.mqueue import first_space
 
     return first_space(kernel).super
+
+
+def _proc(kernel: Kernel, options: dict[str, str]) -> SuperBlock:
+    """The processes of the first PID namespace; see new_super for others."""
+    from kvmsentry.fs.procfs import ProcSuper
+
+    sb = ProcSuper(kernel)
+    sb.configure(options)
+    return sb
 
 
 def _lazily(module: str, name: str, shared: bool = False) -> Constructor:
@@ -207,7 +215,7 @@ fstypes: dict[str, Constructor] = {
     "ramfs": _ramfs,
     "devtmpfs": _lazily("kvmsentry.fs.devfs", "DevSuper", shared=True),
     "devpts": _lazily("kvmsentry.fs.devfs", "pts_super"),
-    "proc": _lazily("kvmsentry.fs.procfs", "ProcSuper"),
+    "proc": _proc,
     "mqueue": _mqueue,
     "sysfs": _lazily("kvmsentry.fs.sysfs", "SysSuper", shared=True),
     "cgroup2": _lazily("kvmsentry.fs.sysfs", "CgroupSuper", shared=True),
@@ -232,7 +240,7 @@ def new_super(task: Task, fstype: str, options: dict[str, str]) -> SuperBlock:
     processes of its PID namespace, and a tmpfs belongs to it. EPERM: see _may_mount_type."""
     _may_mount_type(task, fstype)
     if fstype == "proc" and task.process.numbers:
-        return _proc_of(task)
+        return _proc_of(task, _own_options(task, fstype, options))
     if fstype == "mqueue":
         from kvmsentry.fs.mqueue import space_of
 
@@ -381,9 +389,11 @@ def _may_mount_type(task: Task, fstype: str) -> None:
 
 
 def _own_options(task: Task, fstype: str, options: dict[str, str]) -> dict[str, str]:
-    """The options of a tmpfs with ids of the first user namespace. Its root belongs to whoever mounts it
-    (shmem_get_inode)."""
+    """The options of a tmpfs or procfs with ids of the first user namespace. A tmpfs' root belongs to whoever mounts
+    it (shmem_get_inode)."""
     creds = task.creds
+    if fstype == "proc" and creds.user_ns is not ROOT and options.get("gid", "").isdigit():
+        return {**options, "gid": str(kgid(creds, int(options["gid"])))}
     if fstype != "tmpfs" or (creds.user_ns is ROOT and not creds.fsuid and not creds.fsgid):
         return options
     made = {"uid": str(creds.fsuid), "gid": str(creds.fsgid)}
@@ -395,11 +405,13 @@ def _own_options(task: Task, fstype: str, options: dict[str, str]) -> dict[str, 
     return {**options, **made}
 
 
-def _proc_of(task: Task) -> SuperBlock:
+def _proc_of(task: Task, options: dict[str, str]) -> SuperBlock:
     """A procfs of the task's PID namespace, which is not the first."""
     from kvmsentry.fs.procfs import ProcSuper
 
-    return ProcSuper(task.kernel, task.process.pid_ns)
+    sb = ProcSuper(task.kernel, task.process.pid_ns)
+    sb.configure(options)
+    return sb
 
 
 def _attach(task: Task, mount: Mount, place: Path) -> None:
@@ -464,8 +476,8 @@ def _dentry_below(dentry: Dentry, top: Dentry) -> bool:
 
 
 def remount(task: Task, place: Path, flags: int, data: bytes) -> None:
-    """MS_REMOUNT: new flags for the mount, and new options for a tmpfs unless MS_BIND; EINVAL when `place` is no
-    mount's root."""
+    """MS_REMOUNT: new flags for the mount, and new options for a tmpfs or procfs unless MS_BIND; EINVAL when `place` is
+    no mount's root."""
     mount = place.mount
     if place.dentry is not mount.root:
         raise Errno(errno.EINVAL)
@@ -474,9 +486,7 @@ def remount(task: Task, place: Path, flags: int, data: bytes) -> None:
     if not flags & MS_BIND and not capable(task.creds, mount.sb.__dict__.get("user_ns", ROOT), CAP_SYS_ADMIN):
         raise Errno(errno.EPERM)
     if not flags & MS_BIND and data and hasattr(mount.sb, "configure"):
-        options = parse_options(data)
-        mount.sb.configure(options)
-        mount.sb.options = ",".join(f"{name}={value}" if value else name for name, value in options.items())
+        mount.sb.configure(_own_options(task, mount.sb.fstype, parse_options(data)))
     mount.flags = flags & KEPT_FLAGS
     if mount.namespace is not None:
         mount.namespace.changed()

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs.proc import idmaps, links, mapfiles, memory, mounttable, net, process, sysctl, system
+from kvmsentry.fs.proc import idmaps, links, mapfiles, memory, mounttable, net, process, sysctl, system, sysvipc
+from kvmsentry.fs.proc.access import may_look
 from kvmsentry.fs.proc.nodes import KernelSuper, LinkInode, TextInode, TreeInode
-from kvmsentry.fs.vfs import DT_DIR, DT_LNK, DT_REG, Inode, SuperBlock
+from kvmsentry.fs.vfs import DT_DIR, DT_LNK, DT_REG, File, Inode, Path, SuperBlock
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.kernel import Kernel
@@ -71,7 +72,7 @@ _MOUNTS: dict[bytes, tuple[int, Show]] = {
     b"mountstats": (0o400, process.mountstats),
 }
 _NUMBERED = {b"stat": process.stat, b"status": process.status}  # they show pids: those of the mount's namespace
-_ONLY_PROCESS = frozenset((*idmaps.NAMES, b"mountstats", b"coredump_filter", b"timers", b"timerslack_ns"))
+_ONLY_PROCESS = frozenset((b"mountstats", b"coredump_filter", b"timers", b"timerslack_ns"))
 _LINKS: dict[bytes, Callable[[Any], Any]] = {
     b"cwd": lambda task: task.fs.cwd if task.fs is not None else None,
     b"exe": lambda task: task.process.exe if task.mm is not None else None,
@@ -90,6 +91,12 @@ class ProcessInode(Inode):
         self.process, self.task = process, task
         self._children: dict[bytes, Inode] = {}
         self.refresh()
+
+    def open(self, task: Task, path: Path, flags: int) -> File:
+        """EPERM or ENOENT when the mount hides it."""
+        if self.sb.hides:
+            self.sb.look(task, self, b"")
+        return super().open(task, path, flags)
 
     def target(self) -> Task:
         """The thread it is about; ESRCH when it is no more."""
@@ -137,6 +144,8 @@ class ProcessInode(Inode):
             return _numbered(sb, target, _NUMBERED[name], name == b"stat" and self.task is not None)
         if name in idmaps.NAMES and self.task is None:
             return idmaps.IdMapInode(sb, target, name.decode())
+        if name == b"timens_offsets" and self.task is None:
+            return idmaps.OffsetsInode(sb, target)
         if name in _LINKS:
             return links.PlaceLink(sb, target, _LINKS[name])
         if name == b"mem":
@@ -162,7 +171,7 @@ class ProcessInode(Inode):
         names = [*((name, DT_DIR) for name in _DIRECTORIES), *((name, DT_LNK) for name in _LINKS), (b"mem", DT_REG)]
         if self.task is None:
             names += [(b"task", DT_DIR), (b"map_files", DT_DIR)]
-            names += [(name, DT_REG) for name in (*FILES, *_MOUNTS, *_NUMBERED, *idmaps.NAMES)]
+            names += [(name, DT_REG) for name in (*FILES, *_MOUNTS, *_NUMBERED, *idmaps.NAMES, b"timens_offsets")]
         else:
             names.append((b"children", DT_REG))
             names += [(name, DT_REG) for name in (*FILES, *_MOUNTS, *_NUMBERED) if name not in _ONLY_PROCESS]
@@ -294,12 +303,19 @@ def _thread_self(task: Task | None, ns: PidNamespace) -> bytes:
     return b"%s/task/%d" % (pid, ns.tid_of(task))
 
 
+HIDEPID = {"off": 0, "noaccess": 1, "invisible": 2, "ptraceable": 4, "0": 0, "1": 1, "2": 2, "4": 4}
+NO_ACCESS, INVISIBLE, NOT_PTRACEABLE = 1, 2, 4  # include/linux/proc_fs.h
+ALWAYS = (b"self", b"thread-self")  # with subset=pid
+
+
 class ProcSuper(KernelSuper):
     """The file system, showing the processes of one PID namespace (the first one unless told). Make one before the
     Sentry is locked down: it looks once at the host's processor."""
 
     magic = PROC_SUPER_MAGIC
     fstype = "proc"
+    hide_pid = gid = 0  # proc(5), mount options
+    pid_only = False
 
     def __init__(self, kernel: Kernel, pid_ns: PidNamespace | None = None) -> None:
         super().__init__(kernel)
@@ -312,12 +328,72 @@ class ProcSuper(KernelSuper):
         entries[b"sys"] = sysctl.build(self, kernel)
         entries[b"tty"] = TreeInode(self, {b"drivers": TextInode(self, lambda task: _TTY_DRIVERS),
                                            b"ldiscs": TextInode(self, lambda task: "n_tty       0\n")})  # fmt: skip
-        entries[b"sysvipc"] = TreeInode(self, {})
+        entries[b"sysvipc"] = TreeInode(self, sysvipc.tables())
         entries[b"bus"] = TreeInode(self, {})
         entries[b"driver"] = TreeInode(self, {})
         entries[b"fs"] = TreeInode(self, {})
         entries[b"irq"] = TreeInode(self, {})
-        self.root: Inode = RootInode(self, entries)
+        self.root: RootInode = RootInode(self, entries)
+
+    def configure(self, options: dict[str, str]) -> None:
+        """Take mount options of proc(5): hidepid, gid, subset; EINVAL. What is not named stays."""
+        hide_pid, gid, pid_only = self.hide_pid, self.gid, self.pid_only
+        for name, value in options.items():
+            if name == "gid" and value.isdigit():
+                gid = int(value)
+            elif name == "hidepid" and value in HIDEPID:
+                hide_pid = HIDEPID[value]
+            elif name == "subset" and not set(value.split(",")) - {"", "pid"}:
+                pid_only = "pid" in value.split(",")
+            else:
+                raise Errno(errno.EINVAL)
+        self.hide_pid, self.gid, self.pid_only = hide_pid, gid, pid_only
+        self.hides = bool(hide_pid or pid_only)
+        names = {number: name for name, number in HIDEPID.items() if not name.isdigit()}
+        shown = [f"gid={gid}"] if gid else []
+        shown += [f"hidepid={names[hide_pid]}"] if hide_pid else []
+        self.options = ",".join([*shown, "subset=pid"] if pid_only else shown)
+
+    def permitted(self, task: Task, process: Process, least: int) -> bool:
+        """has_pid_permissions in fs/proc/base.c: may `task` do what hidepid=`least` and above keep from strangers?"""
+        creds = task.creds
+        if self.hide_pid != NOT_PTRACEABLE and (
+            self.hide_pid < least or self.gid == creds.fsgid or self.gid in creds.groups
+        ):
+            return True
+        return may_look(task, process.leader)
+
+    def look(self, task: Task, directory: Inode, name: bytes) -> None:
+        """ENOENT or EPERM: see `permitted`; proc_pid_permission."""
+        if directory is self.root:
+            if self.pid_only and name in self.root.entries and name not in ALWAYS:
+                raise Errno(errno.ENOENT)
+            if not name.isdigit() or self.hide_pid < INVISIBLE:
+                return
+            thread = self.pid_ns.tasks.get(_pid(name))
+            if thread is not None and not self.permitted(task, thread.process, INVISIBLE):
+                raise Errno(errno.ENOENT)
+        elif directory.__class__ is ProcessInode and directory.task is None:
+            if not self.permitted(task, directory.process, NO_ACCESS):
+                raise Errno(errno.EPERM if self.hide_pid == NO_ACCESS else errno.ENOENT)
+
+    def visible(self, task: Task, directory: Inode, entries: Iterable[tuple[bytes, int, int]]) -> Iterable[Any]:
+        """The names in /proc that are left."""
+        if directory is not self.root:
+            if directory.__class__ is ProcessInode and directory.task is None:
+                self.look(task, directory, b"")
+            return entries
+        seen = []
+        for entry in entries:
+            name = entry[0]
+            if name.isdigit():
+                process = self.pid_ns.processes.get(int(name))
+                if process is None or not self.permitted(task, process, INVISIBLE):
+                    continue
+            elif self.pid_only and name not in ALWAYS:
+                continue
+            seen.append(entry)
+        return seen
 
 
 _TTY_DRIVERS = (

@@ -99,6 +99,7 @@ class TmpSuper(SuperBlock):
                     raise Errno(errno.EINVAL)
             except ValueError:
                 raise Errno(errno.EINVAL) from None
+        self.options = ",".join(f"{name}={value}" if value else name for name, value in options.items())
 
 
 def default_inodes(kernel: Kernel) -> int:

@@ -75,6 +75,7 @@ class SuperBlock:
     magic = 0  # statfs(2) f_type
     fstype = "none"
     readonly = False  # nothing in it may change, through whatever mount
+    hides = False  # some names are not for everybody: `look` and `visible` are asked, as procfs has them
     negatives = 0  # names known not to be there, since they were last forgotten
 
     def __init__(self) -> None:
@@ -95,6 +96,13 @@ class SuperBlock:
 
     def sync(self) -> None:
         """Write back what is dirty."""
+
+    def look(self, task: Task, directory: Inode, name: bytes) -> None:
+        """Where `hides`: ENOENT or EPERM for a name that `task` may not look up."""
+
+    def visible(self, task: Task, directory: Inode, entries: Iterable[tuple[bytes, int, int]]) -> Iterable[Any]:
+        """Where `hides`: those of a directory's entries that `task` may see."""
+        return entries
 
 
 class Inode:
@@ -421,6 +429,8 @@ def lookup_child(task: Task, directory: Path, name: bytes) -> Dentry:
     if len(name) > NAME_MAX:
         raise Errno(errno.ENAMETOOLONG)
     assert inode is not None
+    if inode.sb.hides:
+        inode.sb.look(task, inode, name)
     try:
         found: Inode | None = inode.lookup(name)
     except Errno as error:

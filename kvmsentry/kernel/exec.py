@@ -28,7 +28,7 @@ from kvmsentry.fs.vfs import (
     permission,
     walk,
 )
-from kvmsentry.kernel import cap, exit, filecaps, pidns, ptrace, signals, userns
+from kvmsentry.kernel import cap, exit, filecaps, pidns, ptrace, signals, timens, userns
 from kvmsentry.kernel.task import (
     RLIMIT_AS,
     RLIMIT_DATA,
@@ -314,7 +314,7 @@ def _load(task: Task, opened: Opened, execfn: bytes, argv: Sequence[bytes], envp
         if task.process.personality & ADDR_NO_RANDOMIZE:
             mm.set_layout(False)  # for the vDSO too
         if kernel.vdso is not None:
-            aux.sysinfo_ehdr = kernel.vdso.map(mm)
+            aux.sysinfo_ehdr = kernel.vdso.map(mm, task.ns.time_for_children)
         backing = opened.file.backing()
         loading = True
         image = elf.load(mm, opened.reader, backing, argv, envp, execfn, open_interpreter, aux,
@@ -467,6 +467,9 @@ def _reset(task: Task, process: Process, new: _New) -> None:
         task.files = files = files.copy()
     if files.cloexec:
         files.close_on_exec()
+    if task.ns.time is not task.ns.time_for_children:
+        task.ns = task.ns.replace(time=task.ns.time_for_children)
+        timens.join(task.ns.time, task.mm, task.kernel)
     sighand = task.sighand
     if sighand.users > 1:
         sighand.users -= 1

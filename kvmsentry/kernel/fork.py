@@ -13,7 +13,7 @@ from typing import Any
 from kvmsentry.errors import Errno
 from kvmsentry.fs.fdtable import FdTable
 from kvmsentry.fs.vfs import FsContext, Path
-from kvmsentry.kernel import cap, namespaces, pidns, ptrace, signals
+from kvmsentry.kernel import cap, namespaces, pidns, ptrace, signals, timens
 from kvmsentry.kernel.task import (
     NO_NUMBERS,
     RLIM_INFINITY,
@@ -47,7 +47,10 @@ CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x4000000, 0x8000000, 
 CLONE_NEWNET, CLONE_IO = 0x40000000, 0x80000000
 CLONE_NEWTIME = 0x80
 CLONE_CLEAR_SIGHAND, CLONE_INTO_CGROUP = 1 << 32, 1 << 33
-NAMESPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWCGROUP
+NAMESPACES = (
+    CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWCGROUP
+    | CLONE_NEWTIME
+)  # fmt: skip
 HARMLESS = CLONE_VM | CLONE_VFORK | CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID  # fork and vfork: never a bad combination
 INVALID_PARENT_PIDFD = CLONE_PIDFD | CLONE_PARENT_SETTID
 
@@ -190,6 +193,9 @@ def clone(
     kernel.tasks[tid] = child
     child.ctx = ctx
     ctx.owner = child
+    if ns.time is not ns.time_for_children and not flags & CLONE_VM:
+        ns = ns.replace(time=ns.time_for_children)
+        timens.join(ns.time, mm, kernel)
     child.uts, child.ns, child.comm, child.blocked = uts, ns, task.comm, task.blocked
     seen = tid  # the number that the parent gets
     if numbers:

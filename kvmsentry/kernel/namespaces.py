@@ -14,7 +14,8 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.kernel import cap, pidns, userns
+from kvmsentry.kernel import cap, pidns, timens, userns
+from kvmsentry.kernel.timens import TimeNamespace
 from kvmsentry.kernel.userns import ROOT, UserNamespace
 
 if TYPE_CHECKING:
@@ -26,14 +27,14 @@ if TYPE_CHECKING:
 CLONE_NEWTIME, CLONE_FS, CLONE_NEWNS, CLONE_NEWCGROUP = 0x80, 0x200, 0x20000, 0x2000000
 CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x4000000, 0x8000000, 0x10000000, 0x20000000
 CLONE_NEWNET = 0x40000000
-OWNED = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWCGROUP
+OWNED = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWCGROUP | CLONE_NEWTIME
 FLAGS = {b"mnt": CLONE_NEWNS, b"uts": CLONE_NEWUTS, b"ipc": CLONE_NEWIPC, b"user": CLONE_NEWUSER, b"pid": CLONE_NEWPID,
          b"net": CLONE_NEWNET, b"cgroup": CLONE_NEWCGROUP, b"time": CLONE_NEWTIME}  # fmt: skip
 _numbers = itertools.count(0xF0000010)
 
 
 class Simple:
-    """A namespace that holds nothing here: cgroup (there is one cgroup) and time (the clocks are everybody's)."""
+    """A namespace that holds nothing here: cgroup (there is one cgroup) and the first net."""
 
     def __init__(self, kind: bytes, user_ns: UserNamespace, ino: int = 0) -> None:
         self.kind, self.user_ns, self.ns_ino = kind, user_ns, ino
@@ -43,11 +44,14 @@ class NsProxy:
     """The namespaces that a task rarely changes, shared by all tasks that have the same; replaced, never changed.
     `ipc`: a sysvipc.IpcNamespace, None for the first one."""
 
-    __slots__ = ("ipc", "net", "cgroup", "time", "pid_for_children")
+    __slots__ = ("ipc", "net", "cgroup", "time", "time_for_children", "pid_for_children")
 
-    def __init__(self, ipc: Any, net: Any, cgroup: Simple, time: Simple, pid_for_children: pidns.PidNamespace) -> None:
+    def __init__(
+        self, ipc: Any, net: Any, cgroup: Simple, time: TimeNamespace, time_for_children: TimeNamespace,
+        pid_for_children: pidns.PidNamespace,
+    ) -> None:  # fmt: skip
         self.ipc, self.net, self.cgroup, self.time = ipc, net, cgroup, time
-        self.pid_for_children = pid_for_children
+        self.time_for_children, self.pid_for_children = time_for_children, pid_for_children
 
     def replace(self, **changes: Any) -> NsProxy:
         """A copy with some of them changed."""
@@ -56,10 +60,10 @@ class NsProxy:
 
 def first(kernel: Kernel) -> NsProxy:
     """What the sandbox boots with; inode numbers as in include/linux/proc_ns.h (the net namespace's is any)."""
+    time = timens.first()
     return NsProxy(
-        None, Simple(b"net", ROOT, 0xF0000000), Simple(b"cgroup", ROOT, 0xEFFFFFFB), Simple(b"time", ROOT, 0xEFFFFFFA),
-        kernel.pid_ns,
-    )  # fmt: skip
+        None, Simple(b"net", ROOT, 0xF0000000), Simple(b"cgroup", ROOT, 0xEFFFFFFB), time, time, kernel.pid_ns
+    )
 
 
 def inode_number(namespace: Any) -> int:
@@ -98,6 +102,8 @@ def _made(
     if flags & CLONE_NEWCGROUP:
         changes["cgroup"] = cgroup = Simple(b"cgroup", owner)
         userns.count(kernel, "cgroup", cgroup)
+    if flags & CLONE_NEWTIME:
+        changes["time_for_children"] = timens.create(kernel, owner, task.ns.time_for_children)
     if flags & CLONE_NEWUTS:
         uts = UtsNamespace(uts.nodename, uts.domainname, owner)
         userns.count(kernel, "uts", uts)
@@ -130,6 +136,10 @@ def unshare(task: Task, flags: int) -> None:
     if fs is not task.fs:
         task.fs.put()
         task.fs = fs
+    if flags & CLONE_NEWIPC:
+        from kvmsentry.kernel import sysvipc
+
+        sysvipc.end_process(task.process)  # exit_sem, exit_shm
     task.creds, task.uts, task.ns = creds, uts, ns
 
 
@@ -155,7 +165,7 @@ def of_task(task: Task, name: bytes) -> Any:
         from kvmsentry.kernel import sysvipc
 
         return sysvipc.namespace(task)
-    return getattr(task.ns, name.removesuffix(b"_for_children").decode())
+    return getattr(task.ns, name.decode())
 
 
 # -- entering
@@ -171,6 +181,8 @@ def enter(task: Task, wanted: list[Any]) -> int:
         if kind == b"user":
             creds = _enter_user(task, namespace)
             continue
+        if kind == b"time" and (len(task.process.threads) > 1 or task.mm.users > 1):
+            raise Errno(errno.EUSERS)
         if not userns.capable(creds, owner, cap.SYS_ADMIN):
             raise Errno(errno.EPERM)
         if kind == b"mnt":
@@ -180,7 +192,7 @@ def enter(task: Task, wanted: list[Any]) -> int:
                 raise Errno(errno.EINVAL)
             mnt = namespace
             continue
-        if kind != b"time" and not creds.holds(cap.SYS_ADMIN):
+        if not creds.holds(cap.SYS_ADMIN):
             raise Errno(errno.EPERM)
         if kind == b"pid":
             if not task.process.pid_ns.sees(namespace):
@@ -191,9 +203,7 @@ def enter(task: Task, wanted: list[Any]) -> int:
         elif kind == b"ipc":
             changes["ipc"] = namespace
         elif kind == b"time":
-            if len(task.process.threads) > 1:
-                raise Errno(errno.EUSERS)
-            changes["time"] = namespace
+            changes["time"] = changes["time_for_children"] = namespace
         else:
             changes[kind.decode()] = namespace
     if mnt is not None:
@@ -207,10 +217,12 @@ def enter(task: Task, wanted: list[Any]) -> int:
     if "ipc" in changes:
         from kvmsentry.kernel import sysvipc
 
-        sysvipc.end_process(task.process)  # exit_sem: undo of semaphores that stay behind
+        sysvipc.end_undo(task.process)  # exit_sem: undo of semaphores that stay behind
     task.creds, task.uts = creds, uts
     if changes:
         task.ns = task.ns.replace(**changes)
+    if "time" in changes:
+        timens.join(task.ns.time, task.mm, task.kernel)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""System V IPC: message queues, semaphore sets, shared memory segments (sysvipc(7)), one namespace a sandbox."""
+"""System V IPC: message queues, semaphore sets, shared memory segments (sysvipc(7)), and their limits."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from kvmsentry.mm.shared import SharedMemory
 IPC_PRIVATE, IPC_CREAT, IPC_EXCL, IPC_NOWAIT = 0, 0o1000, 0o2000, 0o4000  # uapi/linux/ipc.h
 CAP_IPC_OWNER, CAP_SYS_ADMIN = 15, 21
 SEQ_SHIFT, MAX_IDS = 15, 1 << 15  # an id is sequence << 15 | index (ipc/util.h)
-SEMMSL, SEMVMX, SEMOPM = 32000, 32767, 500
-MSGMAX, MSGMNB = 8192, 16384
-MSGMNI, SHMMNI = 32000, 4096
+SEMVMX = 32767
+# What an IPC namespace starts with, by name in /proc/sys/kernel (uapi/linux/msg.h, sem.h, shm.h).
+LIMITS = {"shmmax": (1 << 64) - 1 - (1 << 24), "shmall": (1 << 64) - 1 - (1 << 24), "shmmni": 4096,
+          "shm_rmid_forced": 0, "msgmax": 8192, "msgmnb": 16384, "msgmni": 32000}  # fmt: skip
+SEM_LIMITS = (32000, 1024000000, 500, 32000)  # SEMMSL, SEMMNS, SEMOPM, SEMMNI
 SEM_UNDO = 0x1000
+PAGE = 4096
 
 
 class IpcObject:
@@ -50,17 +53,18 @@ class IpcObject:
 
 
 class IpcTable:
-    """Ids and keys of one kind."""
+    """Ids and keys of one kind. `next_id`: the id that whoever restores a program wants for the next object, -1: any
+    (/proc/sys/kernel/*_next_id)."""
 
-    def __init__(self, limit: int, user_ns: UserNamespace = ROOT) -> None:
+    def __init__(self, user_ns: UserNamespace = ROOT) -> None:
         self.user_ns = user_ns
+        self.next_id = -1
         self.objects: dict[int, Any] = {}  # by index
         self.keys: dict[int, Any] = {}
-        self.limit = limit
         self._seq = 0
 
-    def get(self, key: int, flags: int, creds: Credentials, make: Any, check: Any) -> int:
-        """msgget(2), semget(2), shmget(2): the id for `key`."""
+    def get(self, key: int, flags: int, creds: Credentials, make: Any, check: Any, limit: int) -> int:
+        """msgget(2), semget(2), shmget(2): the id for `key`. ENOSPC for more than `limit` objects."""
         found = self.keys.get(key) if key != IPC_PRIVATE else None
         if found is not None:
             if flags & IPC_CREAT and flags & IPC_EXCL:
@@ -70,15 +74,21 @@ class IpcTable:
             return int(found.id)
         if key != IPC_PRIVATE and not flags & IPC_CREAT:
             raise Errno(errno.ENOENT)
-        if len(self.objects) >= self.limit:
+        if len(self.objects) >= limit:
             raise Errno(errno.ENOSPC)
         made = make()
-        index = 0
+        made.user_ns = self.user_ns
+        wanted, self.next_id = self.next_id, -1
+        if wanted < 0:
+            index = 0
+            made.seq = self._seq & 0xFFFF
+            self._seq += 1
+        else:
+            index, made.seq = wanted & (MAX_IDS - 1), wanted >> SEQ_SHIFT
         while index in self.objects:
             index += 1
-        made.user_ns = self.user_ns
-        made.seq = self._seq & 0xFFFF
-        self._seq += 1
+        if index >= MAX_IDS:
+            raise Errno(errno.ENOSPC)  # only from a wanted one on
         made.id = (made.seq << SEQ_SHIFT | index) & 0x7FFFFFFF
         self.objects[index] = made
         if key != IPC_PRIVATE:
@@ -117,11 +127,11 @@ class Message:
 class MessageQueue(IpcObject):
     """msgget(2)."""
 
-    def __init__(self, key: int, mode: int, creds: Credentials) -> None:
+    def __init__(self, key: int, mode: int, creds: Credentials, max_bytes: int) -> None:
         super().__init__(key, mode, creds)
         self.messages: list[Message] = []
         self.bytes = 0
-        self.max_bytes = MSGMNB
+        self.max_bytes = max_bytes
         self.stime = self.rtime = self.lspid = self.lrpid = 0
         self.senders, self.receivers = WaitQueue(), WaitQueue()
 
@@ -203,13 +213,21 @@ class SemaphoreSet(IpcObject):
 class Segment(IpcObject):
     """shmget(2); the memory is held by the segment itself until IPC_RMID, and by every mapping."""
 
-    def __init__(self, key: int, mode: int, creds: Credentials, size: int, frames: Any, pid: int) -> None:
-        super().__init__(key, mode, creds)
-        self.size = size
-        self.memory = ShmMemory(frames, size, self)
+    def __init__(self, ipc: IpcNamespace, key: int, mode: int, task: Task, size: int) -> None:
+        super().__init__(key, mode, task.creds)
+        self.size, self.ipc = size, ipc
+        self.creator: Process | None = task.process  # None once it is gone
+        self.memory = ShmMemory(task.kernel.frames, size, self)
         self.memory.hold()
         self.atime = self.dtime = self.lpid = 0
-        self.cpid = pid
+        self.cpid = task.process.pid
+        ipc.shm_pages += size + PAGE - 1 >> 12
+
+    def remove(self) -> None:
+        """IPC_RMID: nobody finds it any more; its memory stays as long as it is mapped."""
+        self.ipc.segments.remove(self)
+        self.ipc.shm_pages -= self.size + PAGE - 1 >> 12
+        self.memory.drop()
 
     @property
     def attached(self) -> int:
@@ -224,6 +242,13 @@ class ShmMemory(SharedMemory):
         super().__init__(frames, size, b"/SYSV%08x (deleted)" % (segment.key & 0xFFFFFFFF))
         self.segment = segment
 
+    def drop(self) -> None:
+        """The last detach removes the segment where the namespace says so (shm_may_destroy)."""
+        super().drop()
+        segment = self.segment
+        if self.holds == 1 and not segment.removed and segment.ipc.limits["shm_rmid_forced"]:
+            segment.remove()
+
 
 class IpcNamespace:
     """All System V objects of an IPC namespace (ipc_namespaces(7))."""
@@ -231,10 +256,18 @@ class IpcNamespace:
     kind = b"ipc"
 
     def __init__(self, user_ns: UserNamespace = ROOT) -> None:
-        self.messages, self.semaphores = IpcTable(32000, user_ns), IpcTable(32000, user_ns)
-        self.segments = IpcTable(4096, user_ns)
+        self.messages, self.semaphores, self.segments = IpcTable(user_ns), IpcTable(user_ns), IpcTable(user_ns)
+        self.limits = dict(LIMITS)  # by name in /proc/sys/kernel
+        self.sem = SEM_LIMITS  # semmsl, semmns, semopm, semmni
+        self.shm_pages = 0
         self.user_ns = user_ns
         self.ns_ino = 0
+
+    def orphans(self, creator: Process | None = None) -> None:
+        """kernel.shm_rmid_forced: segments that nobody has attached go, of `creator` or of those who have gone."""
+        for segment in list(self.segments.objects.values()):
+            if segment.creator is creator and not segment.attached:
+                segment.remove()
 
 
 def namespace(task: Task) -> IpcNamespace:
@@ -265,7 +298,20 @@ def has_undo(process: Process) -> bool:
 
 
 def end_process(process: Process) -> None:
-    """SEM_UNDO: called when the last thread of `process` is gone."""
+    """Called when the last thread of `process` is gone, and when it leaves the namespace for a new one."""
+    end_undo(process)
+    ipc = _of(process)
+    if ipc is None or not ipc.segments.objects:
+        return
+    if ipc.limits["shm_rmid_forced"]:
+        ipc.orphans(process)
+    for segment in ipc.segments.objects.values():
+        if segment.creator is process:
+            segment.creator = None
+
+
+def end_undo(process: Process) -> None:
+    """SEM_UNDO: what `process` would give back at its end it gives back now."""
     ipc = _of(process)
     if ipc is None:
         return

@@ -240,6 +240,17 @@ class AddressSpace(Advice):
                     self._zap(low & -PAGE, high + PAGE - 1 & -PAGE)
         self._flush()
 
+    def swap_backing(self, kind: type, backing: Any) -> None:
+        """Every VMA over a backing of type `kind` shows `backing` from now on (a time namespace's parameters). Cannot
+        fail: the pages come with the next touch. No other thread may be running in here."""
+        for vma in self.tree:
+            if isinstance(vma.backing, kind) and vma.backing is not backing:
+                self._zap(vma.start, vma.end)
+                self._drop(vma.backing)
+                self._hold(backing)
+                vma.backing = backing
+        self._flush()
+
     def maps(self) -> Iterator[Vma]:
         """VMAs in order of address, for /proc/PID/maps and smaps; see vma_rss for the pages present."""
         return iter(list(self.tree))

@@ -18,8 +18,8 @@ _PADDING = [bytes(n) for n in range(9)]
 _MOST = 1 << 20  # bytes handed out by one call
 
 
-def _snapshot(file: File) -> list[tuple[bytes, int, int]]:
-    """The entries of an open directory; `.` and `..` first. ENOTDIR."""
+def _snapshot(task: Task, file: File) -> list[tuple[bytes, int, int]]:
+    """The entries of an open directory; `.` and `..` first. ENOTDIR; ENOENT when it was removed."""
     inode = file.inode
     if inode.mode & 0o170000 != 0o040000:
         raise NotADirectoryError
@@ -28,7 +28,9 @@ def _snapshot(file: File) -> list[tuple[bytes, int, int]]:
     if place is not None and place.dentry is not place.mount.root:
         parent = place.dentry.parent.inode or inode
     entries = [(b".", inode.ino, 4), (b"..", parent.ino, 4)]
-    entries += inode.readdir()
+    if inode.nlink:
+        names = inode.readdir()
+        entries += inode.sb.visible(task, inode, names) if inode.sb.hides else names
     if inode.atime <= inode.mtime and not file.flags & O_NOATIME and inode.sb.caching and not inode.sb.readonly:
         inode.atime = time.time_ns()  # relatime, in memory only
     return entries
@@ -40,7 +42,7 @@ def _entries(task: Task, fd: int) -> tuple[File, list[tuple[bytes, int, int]]]:
         raise Errno(errno.ENOENT)  # removed (IS_DEADDIR)
     entries = file.cursor
     if entries is None or file.pos == 0:
-        entries = file.cursor = _snapshot(file)
+        entries = file.cursor = _snapshot(task, file)
     return file, entries
 
 

@@ -90,6 +90,8 @@ def timerfd_settime(task: Task, fd: Fd, flags: UInt, new: UserPtr, old: UserPtr)
         raise Errno(errno.EINVAL)
     timer = _timer(task, fd)
     interval, value = min(seconds * NS + nano, KTIME_MAX), min(value_seconds * NS + value_nano, KTIME_MAX)
+    if value and flags & TFD_TIMER_ABSTIME and not timer.real:
+        value = task.ns.time.to_kernel(timer.clock, value) or 1
     before = timer.set(interval, value, bool(flags & TFD_TIMER_ABSTIME), flags)
     if old:
         _store(task, old, before)

@@ -8,7 +8,7 @@ from typing import Any
 
 from kvmsentry.kernel import futex as futexes
 from kvmsentry.kernel.task import Task
-from kvmsentry.syscall.abi_time import read_timespec
+from kvmsentry.syscall.abi_time import CLOCK_MONOTONIC, read_timespec
 from kvmsentry.syscall.table import Int, UInt, UserPtr, syscall
 
 # uapi/linux/futex.h
@@ -53,6 +53,8 @@ def futex(task: Task, uaddr: UserPtr, op: Int, val: UInt, timeout: UserPtr, uadd
             deadline += task.kernel.now()
         elif op & FUTEX_CLOCK_REALTIME or command == LOCK_PI:
             deadline -= task.kernel.monotonic_to_real()
+        else:
+            deadline = task.ns.time.to_kernel(CLOCK_MONOTONIC, deadline)
     if command == WAIT:
         return futexes.wait(task, uaddr, private, val, futexes.BITSET_ALL, deadline)
     if command == WAIT_BITSET:
@@ -96,6 +98,8 @@ def futex_waitv(task: Task, waiters: UserPtr, nr_futexes: UInt, flags: UInt, tim
         deadline = read_timespec(task.mm, timeout)
         if clockid == 0:
             deadline -= task.kernel.monotonic_to_real()
+        else:
+            deadline = task.ns.time.to_kernel(CLOCK_MONOTONIC, deadline)
     words = []
     for value, address, word_flags, reserved in FUTEX_WAITV.iter_unpack(
         task.mm.read(waiters, nr_futexes * FUTEX_WAITV.size)

@@ -12,6 +12,7 @@ from kvmsentry.errors import Errno
 from kvmsentry.kernel import identity, userns
 from kvmsentry.kernel.task import Task
 from kvmsentry.kernel.traps import Pace
+from kvmsentry.syscall.abi_time import CLOCK_BOOTTIME, NS
 from kvmsentry.syscall.table import Int, Size, UInt, ULong, UserPtr, syscall
 
 UTSNAME = struct.Struct("65s65s65s65s65s65s")  # struct new_utsname
@@ -72,7 +73,7 @@ def sysinfo(task: Task, info: UserPtr) -> int:
     task.mm.write(
         info,
         SYSINFO.pack(
-            kernel.now() // 1_000_000_000,
+            (kernel.now() + task.ns.time.offsets[CLOCK_BOOTTIME]) // NS,
             0,
             0,
             0,

@@ -10,13 +10,7 @@ from typing import Any
 from kvmsentry.errors import Errno
 from kvmsentry.kernel.sysvipc import (
     IPC_NOWAIT,
-    MSGMAX,
-    MSGMNB,
-    MSGMNI,
-    SEMMSL,
-    SEMOPM,
     SEMVMX,
-    SHMMNI,
     IpcObject,
     IpcTable,
     Message,
@@ -33,6 +27,7 @@ from kvmsentry.syscall.abi_time import read_timespec
 from kvmsentry.syscall.table import Int, Long, Size, UInt, ULong, UserPtr, syscall
 
 IPC_RMID, IPC_SET, IPC_STAT, IPC_INFO = 0, 1, 2, 3
+MSGMNB, MSGMNI = 16384, 32000  # uapi/linux/msg.h; the limits themselves are the namespace's
 MSG_NOERROR, MSG_EXCEPT, MSG_COPY = 0o10000, 0o20000, 0o40000
 IPC_PERM = struct.Struct("<iIIIIIH2xQQ")  # struct ipc64_perm: key uid gid cuid cgid mode seq (48 bytes)
 MSQID_DS = struct.Struct("<48sqqqQQQii16x")
@@ -81,20 +76,24 @@ def _at(table: IpcTable, index: int) -> Any:
 # -- message queues --------------------------------------------------------------------------------
 @syscall(68)
 def msgget(task: Task, key: Int, msgflg: Int) -> int:
-    return namespace(task).messages.get(
-        key, msgflg, task.creds, lambda: MessageQueue(key, msgflg, task.creds), lambda queue: None
-    )
+    ipc = namespace(task)
+    limits = ipc.limits
+    return ipc.messages.get(
+        key, msgflg, task.creds, lambda: MessageQueue(key, msgflg, task.creds, limits["msgmnb"]), lambda queue: None,
+        limits["msgmni"],
+    )  # fmt: skip
 
 
 @syscall(69)
 def msgsnd(task: Task, msqid: Int, msgp: UserPtr, msgsz: Size, msgflg: Int) -> Any:
-    if msgsz > MSGMAX or msqid < 0:
+    ipc = namespace(task)
+    if msgsz > ipc.limits["msgmax"] or msqid < 0:
         return -errno.EINVAL
     kind = task.mm.read_u64(msgp)
     if not 0 < kind < 1 << 63:
         return -errno.EINVAL
     text = task.mm.read(msgp + 8, msgsz)
-    return _send(task, namespace(task).messages.find(msqid), Message(kind, text), msgflg)
+    return _send(task, ipc.messages.find(msqid), Message(kind, text), msgflg)
 
 
 async def _send(task: Task, queue: MessageQueue, message: Message, flags: int) -> int:
@@ -157,13 +156,15 @@ async def _receive(task: Task, queue: MessageQueue, address: int, size: int, kin
 
 @syscall(71)
 def msgctl(task: Task, msqid: Int, cmd: Int, buf: UserPtr) -> int:
-    table = namespace(task).messages
+    ipc = namespace(task)
+    table, limits = ipc.messages, ipc.limits
     if cmd in (IPC_INFO, MSG_INFO):
         queues = table.objects.values()
-        pool, count, total = MSGMNB * MSGMNI >> 10, MSGMNB, MSGMNB  # MSGPOOL, MSGMAP, MSGTQL of uapi/linux/msg.h
+        pool, count, total = MSGMNB * MSGMNI >> 10, MSGMNB, MSGMNB  # MSGPOOL, MSGMAP, MSGTQL
         if cmd == MSG_INFO:
             pool, count, total = len(queues), sum(len(q.messages) for q in queues), sum(q.bytes for q in queues)
-        task.mm.write(buf, MSGINFO.pack(pool, count, MSGMAX, MSGMNB, MSGMNI, 16, total, 0xFFFF))
+        most = limits["msgmax"], limits["msgmnb"], limits["msgmni"]
+        task.mm.write(buf, MSGINFO.pack(pool, count, *most, 16, total, 0xFFFF))
         return _highest(table)
     if cmd not in (IPC_RMID, IPC_SET, IPC_STAT, MSG_STAT, MSG_STAT_ANY):
         return -errno.EINVAL
@@ -189,7 +190,7 @@ def msgctl(task: Task, msqid: Int, cmd: Int, buf: UserPtr) -> int:
     if cmd == IPC_SET:
         raw = task.mm.read(buf, MSQID_DS.size)
         limit = MSQID_DS.unpack(raw)[6]
-        if limit > MSGMNB and not task.creds.capable(24):  # CAP_SYS_RESOURCE
+        if limit > limits["msgmnb"] and not task.creds.capable(24):  # CAP_SYS_RESOURCE
             return -errno.EPERM
         _set(task, queue, raw)
         queue.max_bytes = limit
@@ -205,28 +206,33 @@ def msgctl(task: Task, msqid: Int, cmd: Int, buf: UserPtr) -> int:
 # -- semaphores ------------------------------------------------------------------------------------
 @syscall(64)
 def semget(task: Task, key: Int, nsems: Int, semflg: Int) -> int:
-    if not 0 <= nsems <= SEMMSL:
+    ipc = namespace(task)
+    semmsl, semmns, _, semmni = ipc.sem
+    if not 0 <= nsems <= semmsl:
         return -errno.EINVAL
 
     def make() -> SemaphoreSet:
         if nsems == 0:
             raise Errno(errno.EINVAL)
+        if sum(len(s.values) for s in ipc.semaphores.objects.values()) + nsems > semmns:
+            raise Errno(errno.ENOSPC)
         return SemaphoreSet(key, semflg, task.creds, nsems)
 
     def check(found: SemaphoreSet) -> None:
         if nsems > len(found.values):
             raise Errno(errno.EINVAL)
 
-    return namespace(task).semaphores.get(key, semflg, task.creds, make, check)
+    return ipc.semaphores.get(key, semflg, task.creds, make, check, semmni)
 
 
 def _semop(task: Task, semid: int, sops: int, nsops: int, deadline: int | None) -> Any:
     if not nsops or semid < 0:
         return -errno.EINVAL
-    if nsops > SEMOPM:
+    ipc = namespace(task)
+    if nsops > ipc.sem[2]:
         return -errno.E2BIG
     operations = list(SEMBUF.iter_unpack(task.mm.read(sops, nsops * SEMBUF.size)))
-    semaphores: SemaphoreSet = namespace(task).semaphores.find(semid)
+    semaphores: SemaphoreSet = ipc.semaphores.find(semid)
     if any(number >= len(semaphores.values) for number, _, _ in operations):
         return -errno.EFBIG
     semaphores.permit(2 if any(operation for _, operation, _ in operations) else 4, task.creds)
@@ -251,17 +257,19 @@ def semtimedop(task: Task, semid: Int, sops: UserPtr, nsops: UInt, timeout: User
 
 GETPID, GETVAL, GETALL, GETNCNT, GETZCNT, SETVAL, SETALL, SEM_STAT, SEM_INFO = 11, 12, 13, 14, 15, 16, 17, 18, 19
 SEM_STAT_ANY = 20
-SEMMNI, SEMMNS = 32000, 1024000000  # uapi/linux/sem.h
+SEMMNS, SEMOPM = 1024000000, 500  # uapi/linux/sem.h; the limits themselves are the namespace's
 
 
 @syscall(66)
 def semctl(task: Task, semid: Int, semnum: Int, cmd: Int, arg: ULong) -> int:
-    table = namespace(task).semaphores
+    ipc = namespace(task)
+    table = ipc.semaphores
     if cmd in (IPC_INFO, SEM_INFO):
         sets, used = 20, SEMVMX  # SEMUSZ, SEMAEM of uapi/linux/sem.h
         if cmd == SEM_INFO:
             sets, used = len(table.objects), sum(len(s.values) for s in table.objects.values())
-        limits = SEMMNS, SEMMNI, SEMMNS, SEMMNS, SEMMSL, SEMOPM, SEMOPM, sets, SEMVMX, used
+        semmsl, semmns, semopm, semmni = ipc.sem
+        limits = SEMMNS, semmni, semmns, SEMMNS, semmsl, semopm, SEMOPM, sets, SEMVMX, used
         task.mm.write(arg, SEMINFO.pack(*limits))
         return _highest(table)
     if cmd not in (IPC_RMID, IPC_SET, IPC_STAT, SEM_STAT, SEM_STAT_ANY) and not GETPID <= cmd <= SETALL:
@@ -315,24 +323,29 @@ def semctl(task: Task, semid: Int, semnum: Int, cmd: Int, arg: ULong) -> int:
 SHM_RDONLY, SHM_RND, SHM_REMAP, SHM_EXEC, SHM_HUGETLB = 0o10000, 0o20000, 0o40000, 0o100000, 0o4000
 SHM_LOCK, SHM_UNLOCK, SHM_DEST, SHM_LOCKED = 11, 12, 0o1000, 0o2000
 SHM_STAT, SHM_INFO, SHM_STAT_ANY = 13, 14, 15
-SHMMAX = 1 << 46
+MOST = 1 << 46  # bytes of a segment, whatever shmmax says
 PAGE = 4096
 
 
 @syscall(29)
 def shmget(task: Task, key: Int, size: Size, shmflg: Int) -> int:
+    ipc = namespace(task)
+    limits = ipc.limits
+
     def make() -> Segment:
-        if not 1 <= size <= SHMMAX:
+        if not 1 <= size <= limits["shmmax"]:
             raise Errno(errno.EINVAL)
-        if shmflg & SHM_HUGETLB:
+        if size + PAGE > 1 << 64 or ipc.shm_pages + (size + PAGE - 1 >> 12) > limits["shmall"]:
+            raise Errno(errno.ENOSPC)
+        if shmflg & SHM_HUGETLB or size > MOST:
             raise Errno(errno.ENOMEM)
-        return Segment(key, shmflg, task.creds, size, task.kernel.frames, task.process.pid)
+        return Segment(ipc, key, shmflg, task, size)
 
     def check(found: Segment) -> None:
         if size > found.size:
             raise Errno(errno.EINVAL)
 
-    return namespace(task).segments.get(key, shmflg, task.creds, make, check)
+    return ipc.segments.get(key, shmflg, task.creds, make, check, limits["shmmni"])
 
 
 @syscall(30)
@@ -380,13 +393,14 @@ def shmdt(task: Task, shmaddr: UserPtr) -> int:
 
 @syscall(31)
 def shmctl(task: Task, shmid: Int, cmd: Int, buf: UserPtr) -> int:
-    table = namespace(task).segments
+    ipc = namespace(task)
+    table, limits = ipc.segments, ipc.limits
     if cmd == IPC_INFO:
-        task.mm.write(buf, SHMINFO.pack(SHMMAX, 1, SHMMNI, SHMMNI, SHMMAX >> 12))
+        task.mm.write(buf, SHMINFO.pack(limits["shmmax"], 1, limits["shmmni"], limits["shmmni"], limits["shmall"]))
         return _highest(table)
     if cmd == SHM_INFO:
-        pages = sum(s.size + PAGE - 1 >> 12 for s in table.objects.values())
-        task.mm.write(buf, SHM_INFO_S.pack(len(table.objects), pages, pages, 0, 0, 0))
+        present = sum(len(s.memory.pages) for s in table.objects.values())
+        task.mm.write(buf, SHM_INFO_S.pack(len(table.objects), ipc.shm_pages, present, 0, 0, 0))
         return _highest(table)
     if cmd not in (IPC_RMID, IPC_SET, IPC_STAT, SHM_LOCK, SHM_UNLOCK, SHM_STAT, SHM_STAT_ANY):
         return -errno.EINVAL
@@ -412,8 +426,7 @@ def shmctl(task: Task, shmid: Int, cmd: Int, buf: UserPtr) -> int:
         _set(task, segment, task.mm.read(buf, SHMID_DS.size))
     elif cmd == IPC_RMID:
         segment.own(task.creds)
-        table.remove(segment)
-        segment.memory.drop()
+        segment.remove()
     else:
         segment.own(task.creds)
     return 0

@@ -15,7 +15,7 @@ UNSHARABLE = (
 )  # fmt: skip
 
 
-@syscall(272, partial="CLONE_NEWTIME is EINVAL; a network namespace never gets more than its loopback device")
+@syscall(272, partial="a network namespace never gets more than its loopback device")
 def unshare(task: Task, flags: ULong) -> int:
     if flags & fork.CLONE_NEWUSER:
         flags |= fork.CLONE_THREAD | fork.CLONE_FS
@@ -36,7 +36,7 @@ def unshare(task: Task, flags: ULong) -> int:
     return 0
 
 
-@syscall(308, note="there is one time namespace")
+@syscall(308)
 def setns(task: Task, fd: Fd, kind: Int) -> int:
     from kvmsentry.fs.proc.links import NsFile
 

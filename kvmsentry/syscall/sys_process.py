@@ -125,7 +125,7 @@ def vfork(task: Task) -> Any:
 
 @syscall(
     56,
-    partial="CLONE_NEWTIME is EINVAL; CLONE_NEWNET gives a loopback device and no more; "
+    partial="CLONE_NEWNET gives a loopback device and no more; "
     "CLONE_IO and CLONE_SYSVSEM change nothing",
 )
 def clone(task: Task, flags: ULong, stack: UserPtr, parent_tid: UserPtr, child_tid: UserPtr, tls: ULong) -> Any:
@@ -150,7 +150,7 @@ def clone3(task: Task, args: UserPtr, size: Size) -> Any:
     )
     if set_tid_size > 32 or bool(set_tid) != bool(set_tid_size) or exit_signal & ~CSIGNAL:
         return -errno.EINVAL
-    if flags & ~(0xFFFFFFFF & ~CSIGNAL & ~fork.CLONE_DETACHED | fork.CLONE_CLEAR_SIGHAND):
+    if flags & ~(0xFFFFFFFF & ~CSIGNAL & ~fork.CLONE_DETACHED | fork.CLONE_NEWTIME | fork.CLONE_CLEAR_SIGHAND):
         return -errno.EINVAL
     if flags & (fork.CLONE_THREAD | fork.CLONE_PARENT) and exit_signal:
         return -errno.EINVAL

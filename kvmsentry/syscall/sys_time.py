@@ -25,6 +25,7 @@ from kvmsentry.syscall.abi_time import (
     CLOCK_TAI,
     CLOCK_THREAD_CPUTIME_ID,
     ITIMERSPEC,
+    KTIME_MAX,
     NS,
     TIMESPEC,
     read_timespec,
@@ -46,8 +47,8 @@ def read_clock(task: Task, clock: int) -> int:
         vdso = kernel.vdso
         if vdso is not None and vdso.stale():
             now: int = vdso.update()
-            return now if clock in MONOTONIC else now + kernel.monotonic_to_real()
-        return kernel.now() if clock in MONOTONIC else host_time.time_ns()
+            return now + (task.ns.time.offsets[clock] if clock in MONOTONIC else kernel.monotonic_to_real())
+        return kernel.now() + task.ns.time.offsets[clock] if clock in MONOTONIC else host_time.time_ns()
     if clock == CLOCK_THREAD_CPUTIME_ID:
         return cputime.of_task(task)
     if clock == CLOCK_PROCESS_CPUTIME_ID:
@@ -317,7 +318,10 @@ def timer_settime(task: Task, timerid: Int, flags: Int, new_value: UserPtr, old_
         return -errno.EINVAL
     timer = _timer(task, timerid)
     old = timer.get()
-    timer.set(interval_s * NS + interval_ns, value_s * NS + value_ns, absolute=bool(flags & TIMER_ABSTIME))
+    interval, value = min(interval_s * NS + interval_ns, KTIME_MAX), min(value_s * NS + value_ns, KTIME_MAX)
+    if value and flags & TIMER_ABSTIME and timer.clockid in MONOTONIC:
+        value = task.ns.time.to_kernel(timer.clockid, value) or 1
+    timer.set(interval, value, absolute=bool(flags & TIMER_ABSTIME))
     if old_value:
         _write_itimerspec(task, old_value, *old)
     return 0

@@ -176,6 +176,24 @@ static void udp(void)
 	show("too long", sendto(t, (char[70000]){ 0 }, 70000, 0, (struct sockaddr *)&a, n));
 }
 
+static void multicast(void)
+{
+	struct sockaddr_in6 group = { .sin6_family = AF_INET6, .sin6_port = htons(45678) };
+	int s = socket(AF_INET6, SOCK_DGRAM, 0);
+	struct ipv6_mreq member = { .ipv6mr_interface = if_nametoindex("lo") };
+
+	inet_pton(AF_INET6, "ff01::114", &member.ipv6mr_multiaddr);
+	group.sin6_addr = member.ipv6mr_multiaddr;
+	group.sin6_scope_id = member.ipv6mr_interface;
+	option(s, IPPROTO_IPV6, IPV6_MULTICAST_IF, member.ipv6mr_interface, "IPV6_MULTICAST_IF");
+	show("no interface", setsockopt(s, IPPROTO_IPV6, IPV6_MULTICAST_IF, &(int){ 99999 }, 4));
+	show("bind", bind(s, (struct sockaddr *)&group, sizeof(group)));
+	show("join", setsockopt(s, IPPROTO_IPV6, IPV6_JOIN_GROUP, &member, sizeof(member)));
+	show("again", setsockopt(s, IPPROTO_IPV6, IPV6_JOIN_GROUP, &member, sizeof(member)));
+	show("leave", setsockopt(s, IPPROTO_IPV6, IPV6_LEAVE_GROUP, &member, sizeof(member)));
+	close(s);
+}
+
 int main(void)
 {
 	struct ifreq r = { .ifr_name = "lo" };
@@ -186,6 +204,7 @@ int main(void)
 	tcp(AF_INET);
 	tcp(AF_INET6);
 	udp();
+	multicast();
 	show("seqpacket", socket(AF_INET, SOCK_SEQPACKET, 0));
 	show("tcp as dgram", socket(AF_INET, SOCK_DGRAM, IPPROTO_TCP));
 	show("raw 0", socket(AF_INET, SOCK_RAW, 0));

@@ -15,8 +15,9 @@ from kernel_fakes import BASE, SCRATCH
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs import procfs
-from kvmsentry.fs.proc import net, sysctl
+from kvmsentry.fs.proc import net, sysctl, system
 from kvmsentry.fs.vfs import NO_MAGICLINKS
+from kvmsentry.mm.shared import SharedMemory
 
 
 @pytest.fixture
@@ -352,3 +353,28 @@ def test_time_begins_with_this_kernel(world, init):
     assert world.whole(init, b"/proc/%d/stat" % child.tid).rsplit(b") ", 1)[1].split()[19] == b"10000"
     assert world.call(init, 228, 7, SCRATCH) == 0  # clock_gettime(CLOCK_BOOTTIME)
     assert init.mm.read_u64(SCRATCH) == 250
+
+
+def test_idle_time_never_goes_back(world, init, monkeypatch):
+    """What a process has used is known only some time after."""
+    monkeypatch.setattr(world.kernel, "now", lambda: 100 * 10**9)
+    before = float(world.whole(init, b"/proc/uptime").split()[1])
+    monkeypatch.setattr(system, "busy_ns", lambda kernel: 10 * 10**9)
+    assert float(world.whole(init, b"/proc/uptime").split()[1]) == before > 0
+
+
+def test_pages_that_nobody_else_maps_are_not_shared(world, init):
+    """Pss counts a file's page whole where only one address space maps the file."""
+
+    def sums() -> tuple[int, int, int]:
+        text = world.whole(init, b"/proc/self/smaps_rollup").decode()
+        return tuple(int(re.search(rf"^{name}: +(\d+) kB", text, re.M)[1]) for name in ("Rss", "Pss", "Shared_Clean"))
+
+    backing = SharedMemory(world.kernel.frames, 8 * 4096)
+    address = init.mm.mmap(0, 8 * 4096, 3, 1, backing, 0)
+    init.mm.write(address, bytes(8 * 4096))
+    rss, pss, shared = sums()
+    assert rss == pss and not shared
+    child = world.kernel.tasks[world.call(init, FORK)]
+    child.mm.read(address, 8 * 4096)
+    assert sums()[1] <= pss - 16 and sums()[2] >= 32  # and what fork left to both

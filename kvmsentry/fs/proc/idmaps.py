@@ -1,4 +1,4 @@
-"""/proc/PID/uid_map, gid_map, projid_map and setgroups: user_namespaces(7)."""
+"""/proc/PID/uid_map, gid_map, projid_map, setgroups (user_namespaces(7)) and timens_offsets (time_namespaces(7))."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvmsentry.errors import Errno
 from kvmsentry.fs.anon import gather
 from kvmsentry.fs.proc.nodes import TextFile, TextInode
 from kvmsentry.fs.vfs import Path, SuperBlock
-from kvmsentry.kernel import userns
+from kvmsentry.kernel import timens, userns
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.task import Task
@@ -61,3 +61,31 @@ class IdMapInode(TextInode):
         return file
 
 
+class OffsetsFile(TextFile):
+    """An open /proc/PID/timens_offsets; who opened it must be allowed to write."""
+
+    inode: OffsetsInode
+
+    def __init__(self, inode: OffsetsInode, path: Path | None, flags: int, task: Task) -> None:
+        super().__init__(inode, path, flags, task)
+        self.creds = task.creds
+        self.text = lambda reader: timens.show(inode.target())
+
+    def pwrite(self, views: list[memoryview], pos: int) -> int:
+        """EINVAL when it is too long or not at the beginning; else as timens.write; ESRCH."""
+        length = sum(map(len, views))
+        if length >= PAGE or pos:
+            raise Errno(errno.EINVAL)
+        return timens.write(self.inode.target(), self.creds, gather(views, length))
+
+
+class OffsetsInode(TextInode):
+    """The file."""
+
+    def __init__(self, sb: SuperBlock, target: Callable[[], Task]) -> None:
+        super().__init__(sb, None, 0o644)
+        self.target = target
+
+    def open(self, task: Task, path: Path, flags: int) -> OffsetsFile:
+        """An open file that has no content yet."""
+        return OffsetsFile(self, path, flags, task)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import stat as st
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from kvmsentry.fs.proc.access import look
 from kvmsentry.fs.vfs import File, Inode, Path, SuperBlock
 
 if TYPE_CHECKING:
+    from kvmsentry.kernel.kernel import Kernel
     from kvmsentry.kernel.task import Task
 
 PAGE = 4096
@@ -55,15 +57,28 @@ def _flags(vma: Any) -> str:
     return " ".join(names)
 
 
-def _counts(mm: Any) -> Iterator[tuple[Any, dict[str, int]]]:
-    """(VMA, kB by name) of each mapping. Private pages are ours alone; all others are shared with a file's cache."""
+def _mappers(kernel: Kernel) -> Counter[int]:
+    """How many address spaces map each backing, by its id()."""
+    spaces = {id(task.mm): task.mm for task in kernel.tasks.values() if task.mm is not None}
+    counts: Counter[int] = Counter()
+    for mm in spaces.values():
+        counts.update({id(vma.backing) for vma in mm.maps() if vma.backing is not None})
+    return counts
+
+
+def _counts(kernel: Kernel, mm: Any) -> Iterator[tuple[Any, dict[str, int]]]:
+    """(VMA, kB by name) of each mapping. Private pages are ours alone; all others belong to the backing, and are taken
+    to be mapped by every address space that maps it (without one: by a parent and a child, from fork on)."""
+    mappers = _mappers(kernel)
     for vma in mm.maps():
         present, own = mm.vma_rss(vma)
-        private, shared = own * 4, (present - own) * 4
-        locked = private + shared if vma.flags & VM_LOCKED else 0
+        private, rest = own * 4, (present - own) * 4
+        users = max(mappers[id(vma.backing)], 1) if vma.backing is not None else 2
+        shared, alone = (rest, 0) if users > 1 else (0, rest)
+        locked = private + rest if vma.flags & VM_LOCKED else 0
         yield vma, {
-            "Rss": private + shared, "Pss": private + shared // 2, "Pss_Dirty": private, "Shared_Clean": shared,
-            "Shared_Dirty": 0, "Private_Clean": 0, "Private_Dirty": private, "Referenced": private + shared,
+            "Rss": private + rest, "Pss": private + rest // users, "Pss_Dirty": private, "Shared_Clean": shared,
+            "Shared_Dirty": 0, "Private_Clean": alone, "Private_Dirty": private, "Referenced": private + rest,
             "Anonymous": private, "LazyFree": 0, "AnonHugePages": 0, "ShmemPmdMapped": 0, "FilePmdMapped": 0,
             "Shared_Hugetlb": 0, "Private_Hugetlb": 0, "Swap": 0, "SwapPss": 0, "Locked": locked,
         }  # fmt: skip
@@ -79,7 +94,7 @@ def smaps(reader: Task, target: Task) -> bytes:
     if target.mm is None:
         return b""
     parts = []
-    for vma, values in _counts(target.mm):
+    for vma, values in _counts(target.kernel, target.mm):
         size = (vma.end - vma.start) // 1024
         rows = {"Size": size, "KernelPageSize": 4, "MMUPageSize": 4, **values}
         parts.append(_line(vma) + (_table(rows) + f"THPeligible:           0\nVmFlags: {_flags(vma)} \n").encode())
@@ -93,7 +108,7 @@ def smaps_rollup(reader: Task, target: Task) -> bytes:
         raise Errno(errno.ESRCH)
     total: dict[str, int] = {}
     first, last = 0, 0
-    for vma, values in _counts(target.mm):
+    for vma, values in _counts(target.kernel, target.mm):
         first, last = first or vma.start, vma.end
         for name, value in values.items():
             total[name] = total.get(name, 0) + value

@@ -14,6 +14,7 @@ from kvmsentry.fs.proc.nodes import cpu_list, cpu_mask
 from kvmsentry.fs.proc.system import TICK
 from kvmsentry.kernel import cputime
 from kvmsentry.kernel.task import NSIG, RLIM_INFINITY, SigHand
+from kvmsentry.kernel.timens import BOOTTIME
 from kvmsentry.kernel.userns import shown_gid, shown_uid
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def stat(reader: Task, target: Task, ns: PidNamespace, thread: bool = False) -> 
         0x400000 if mm is not None else 0x40400000,  # PF_RANDOMIZE
         0, 0, 0, 0, used // TICK, 0, process.children_user // TICK, process.children_system // TICK,
         shown_priority, target.nice, len(process.threads), 0,
-        max(0, (target if thread else process).start_time) // TICK,
+        max(0, (target if thread else process).start_time + reader.ns.time.offsets[BOOTTIME]) // TICK,
         mm.total_pages * 4096 if mm is not None else 0, mm.rss_pages if mm is not None else 0, process.rlimits[5][0],
     ]  # fmt: skip
     if image is not None:

@@ -14,6 +14,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
+from kvmsentry.fs.proc import sysvipc
 from kvmsentry.fs.proc.nodes import TextInode, TreeInode
 from kvmsentry.kernel import identity
 from kvmsentry.kernel.task import CAP_LAST
@@ -62,15 +63,7 @@ ROWS: tuple[tuple[str, Any, Any], ...] = (
     ("kernel/core_pattern", "core", TEXT),
     ("kernel/core_uses_pid", 0, BOOL),
     ("kernel/core_pipe_limit", 0, UNSIGNED),
-    ("kernel/shmmax", 18446744073692774399, ULONG),
-    ("kernel/shmall", 18446744073692774399, ULONG),
-    ("kernel/shmmni", 4096, (0, 32768)),
-    ("kernel/shm_rmid_forced", 0, BOOL),
-    ("kernel/msgmax", 8192, UNSIGNED),
-    ("kernel/msgmnb", 16384, UNSIGNED),
-    ("kernel/msgmni", 32000, (0, 32768)),
-    ("kernel/auto_msgmni", 0, UNSIGNED),
-    ("kernel/sem", "32000\t1024000000\t500\t32000", UNSIGNED),
+    ("kernel/auto_msgmni", 0, BOOL),
     ("kernel/sched_child_runs_first", 0, BOOL),
     ("kernel/sched_rt_period_us", 1000000, (1, INT[1])),
     ("kernel/sched_rt_runtime_us", 950000, (-1, INT[1])),
@@ -267,14 +260,18 @@ class Sysctls:
             line = data.split(b"\n")[0].split(b"\0")[0]
             self.values[path] = line.decode("utf-8", "surrogateescape")[:128]
             return
-        match = _NUMBERS.fullmatch(data)
-        if match is None:
-            raise Errno(errno.EINVAL)
-        old = self.values[path].split("\t")
-        new = [int(word) for word in match[1].split()][: len(old)]
-        if any(not rule[0] <= value <= rule[1] for value in new):
-            raise Errno(errno.EINVAL)
-        self.values[path] = "\t".join([*map(str, new), *old[len(new) :]])
+        self.values[path] = "\t".join(map(str, numbers(data, [*map(int, self.values[path].split("\t"))], rule)))
+
+
+def numbers(data: bytes, old: list[int], rule: tuple[int, int]) -> list[int]:
+    """The numbers of `old` as `data` changes them, from the first on; EINVAL for what is no number or out of range."""
+    match = _NUMBERS.fullmatch(data)
+    if match is None:
+        raise Errno(errno.EINVAL)
+    new = [int(word) for word in match[1].split()][: len(old)]
+    if any(not rule[0] <= value <= rule[1] for value in new):
+        raise Errno(errno.EINVAL)
+    return [*new, *old[len(new) :]]
 
 
 def sysctl(kernel: Kernel) -> Sysctls:
@@ -329,6 +326,8 @@ def build(sb: SuperBlock, kernel: Kernel) -> TreeInode:
     for field, name in (("nodename", b"kernel/hostname"), ("domainname", b"kernel/domainname")):
         show, store = _uts(field)
         tree.put(name, TextInode(sb, show, 0o644, store))
+    for name, inode in sysvipc.limits(sb).items():
+        tree.put(b"kernel/" + name, inode)
     tree.put(b"kernel/random/boot_id", TextInode(sb, lambda task: values.boot_id + "\n"))
     tree.put(b"kernel/random/uuid", TextInode(sb, lambda task: f"{uuid.uuid4()}\n"))
     tree.put(b"fs/file-nr", TextInode(sb, _file_nr))

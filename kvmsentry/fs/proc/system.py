@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvmsentry.errors import Errno
 from kvmsentry.fs.proc.nodes import constant, link, text
 from kvmsentry.kernel import cputime, identity
+from kvmsentry.kernel.timens import BOOTTIME
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.kernel import Kernel
@@ -145,9 +146,10 @@ def stat(task: Task) -> str:
     lines = [f"cpu  {busy} 0 0 {max(0, up * len(cpus) - busy)} 0 0 0 0 0 0"]
     lines += [f"cpu{cpu} {each} 0 0 {max(0, up - each)} 0 0 0 0 0 0" for cpu in cpus]
     last = getattr(kernel, "_last_pid", 0)
+    boot = kernel.boot_time - task.ns.time.offsets[BOOTTIME]
     running = runnable(kernel)
     lines += [
-        "intr 0", f"ctxt {kernel.task_events}", f"btime {kernel.boot_time // 1_000_000_000}", f"processes {last}",
+        "intr 0", f"ctxt {kernel.task_events}", f"btime {boot // 1_000_000_000}", f"processes {last}",
         f"procs_running {max(1, running)}", "procs_blocked 0", "softirq 0 0 0 0 0 0 0 0 0 0 0\n",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -190,10 +192,13 @@ def loadavg(task: Task) -> str:
 
 
 def uptime(task: Task) -> str:
-    """/proc/uptime: seconds since boot, seconds that all processors were idle."""
+    """/proc/uptime: seconds since boot, seconds that all processors were idle. These never go back, though what a
+    process has used is known only some time after."""
     kernel = task.kernel
     up = kernel.now()
-    idle = max(0, up * len(kernel.all_cpus) - busy_ns(kernel))
+    idle = max(kernel.__dict__.get("idle_shown", 0), up * len(kernel.all_cpus) - busy_ns(kernel))
+    kernel.__dict__["idle_shown"] = idle
+    up += task.ns.time.offsets[BOOTTIME]
     return f"{up / 1e9:.2f} {idle / 1e9:.2f}\n"
 
 
