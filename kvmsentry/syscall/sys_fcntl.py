@@ -285,7 +285,7 @@ def set_lease(task: Task, file: File, fd: int, kind: int) -> int:
     if kind == locks.F_UNLCK:
         leases.release(task, file)
         return 0
-    leases.take(task, file, kind, lambda: AsyncNotice(file, task.kernel).send(POLL_MSG, POLL_MSG_BAND))
+    leases.take(task, file, kind, lambda: AsyncNotice(file, task.kernel, fd).send(POLL_MSG, POLL_MSG_BAND))
     if file.owner is None or not file.owner.id:
         ownership(task, file, fd, F_SETOWN, task.process.vpid)
     return 0
