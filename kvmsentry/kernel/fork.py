@@ -201,7 +201,8 @@ def clone(
     if numbers:
         pidns.enter_task(child, numbers)
         seen = process.pid_ns.tid_of(child)
-    child.timerslack, child.affinity, child.nice = task.timerslack, task.affinity, task.nice
+    child.timerslack = child.default_timerslack = task.timerslack
+    child.affinity, child.nice = task.affinity, task.nice
     child.policy, child.seccomp, child.ioprio = task.policy, task.seccomp, task.ioprio
     child.session_keyring = task.session_keyring
     if not flags & CLONE_VM:

@@ -235,7 +235,7 @@ class Task:
         self.orig_rax = -1  # its RAX at entry; -1 outside system calls (decides about restarts)
         self.start_time = kernel.now()
         self.user_time = self.system_time = 0  # ns
-        self.timerslack = 50_000
+        self.timerslack = self.default_timerslack = 50_000
         self.pdeath_signal = 0
         self.affinity = kernel.all_cpus
         self.nice = 0

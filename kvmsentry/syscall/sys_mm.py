@@ -17,6 +17,7 @@ PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4  # uapi/asm-generic/mman-common.h
 PROT_GROWSDOWN, PROT_GROWSUP = 0x01000000, 0x02000000
 MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE, MAP_TYPE = 1, 2, 3, 15
 MAP_ANONYMOUS, MAP_HUGETLB, MAP_LOCKED, MAP_POPULATE, MAP_NONBLOCK = 0x20, 0x40000, 0x2000, 0x8000, 0x10000
+LEGACY_MAP_MASK = 0x7C07F9F3  # include/linux/mman.h: without MAP_SYNC and MAP_FIXED_NOREPLACE
 MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23
 MCL_CURRENT, MCL_ONFAULT = 1, 4
 LONG, PIECE = 32 << 20, 4 << 20  # more than LONG is filled in pieces, so that others run in between
@@ -26,20 +27,22 @@ PAGE_MASK = 4095
 
 @syscall(9)
 def mmap(task: Task, addr: UserPtr, length: Size, prot: ULong, flags: UInt, fd: Fd, offset: ULong) -> Any:
-    if offset & PAGE_MASK or not length:
+    if offset & PAGE_MASK:
         return -errno.EINVAL
     kind = flags & MAP_TYPE
     max_prot = 7
     if flags & MAP_ANONYMOUS:
-        if kind not in (MAP_SHARED, MAP_PRIVATE):
+        if kind not in (MAP_SHARED, MAP_PRIVATE) or not length:
             return -errno.EINVAL
         if flags & MAP_HUGETLB:
             return -errno.ENOMEM  # no huge page is set aside (hugetlbfs has none to give)
         backing = None
     else:
         file = task.files.get_io(fd)
-        if kind not in (MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE):
+        if kind not in (MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE) or not length:
             return -errno.EINVAL
+        if kind == MAP_SHARED_VALIDATE and flags & ~LEGACY_MAP_MASK:
+            return -errno.EOPNOTSUPP
         if not file.readable:
             return -errno.EACCES
         if kind != MAP_PRIVATE and prot & PROT_WRITE and not file.writable:

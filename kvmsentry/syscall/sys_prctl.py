@@ -144,7 +144,7 @@ def _set_securebits(task: Task, value: int, *_: int) -> int:
 
 
 def _set_timerslack(task: Task, value: int, *_: int) -> int:
-    task.timerslack = value if 0 < value < 1 << 63 else 50_000
+    task.timerslack = value if 0 < value < 1 << 63 else task.default_timerslack
     return 0
 
 

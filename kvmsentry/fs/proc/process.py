@@ -320,7 +320,7 @@ def set_timerslack(writer: Task, target: Task, data: bytes) -> None:
     """0 means the default."""
     if writer.process is not target.process and not writer.creds.capable(23):
         raise Errno(errno.EPERM)
-    target.timerslack = _number(data) or 50_000
+    target.timerslack = _number(data) or target.default_timerslack
 
 
 def children(reader: Task, target: Task, ns: PidNamespace) -> str:
