@@ -26,6 +26,10 @@ from kvmsentry.kernel.task import (
     RLIMIT_RTPRIO,
     RLIMIT_SIGPENDING,
     RLIMIT_STACK,
+    SCHED_DEADLINE,
+    SCHED_FIFO,
+    SCHED_RESET_ON_FORK,
+    SCHED_RR,
     Credentials,
     Process,
     ProcessGroup,
@@ -107,6 +111,17 @@ def _copy_sighand(task: Task, flags: int) -> SigHand:
     return new
 
 
+def _inherit_schedule(task: Task, child: Task) -> None:
+    """What a child has of its parent's place in the queue; sched_fork, kernel/sched/core.c."""
+    child.affinity, child.nice, child.policy = task.affinity, task.nice, task.policy
+    if task.policy[0] & SCHED_RESET_ON_FORK:
+        policy = task.policy[0] & ~SCHED_RESET_ON_FORK
+        child.nice = max(0, task.nice)
+        if policy in (SCHED_FIFO, SCHED_RR, SCHED_DEADLINE):
+            policy = child.nice = 0
+        child.policy = (policy, 0)
+
+
 def clone(
     task: Task,
     flags: int,
@@ -130,6 +145,8 @@ def clone(
     if flags & CLONE_SETTLS and tls >= USER_TOP:
         raise Errno(errno.EPERM)
     _check_limits(task)
+    if task.policy[0] == SCHED_DEADLINE:
+        raise Errno(errno.EAGAIN)  # sched_fork: without SCHED_RESET_ON_FORK there would be twice the bandwidth
     mm, files, fs, uts, ns, creds = task.mm, task.files, task.fs, task.uts, task.ns, task.creds
     pid_ns = ns.pid_for_children
     if flags & CLONE_THREAD and pid_ns is not process.pid_ns:
@@ -202,8 +219,8 @@ def clone(
         pidns.enter_task(child, numbers)
         seen = process.pid_ns.tid_of(child)
     child.timerslack = child.default_timerslack = task.timerslack
-    child.affinity, child.nice = task.affinity, task.nice
-    child.policy, child.seccomp, child.ioprio = task.policy, task.seccomp, task.ioprio
+    _inherit_schedule(task, child)
+    child.seccomp, child.ioprio = task.seccomp, task.ioprio
     child.session_keyring = task.session_keyring
     if not flags & CLONE_VM:
         child.rseq = task.rseq

@@ -27,6 +27,7 @@ NSIG = 64  # signals are 1..64; signal n is bit n-1 of a mask (arch/x86/include/
 CAP_LAST = 40
 ALL_CAPABILITIES = (1 << (CAP_LAST + 1)) - 1
 RLIM_INFINITY = (1 << 64) - 1
+SCHED_FIFO, SCHED_RR, SCHED_DEADLINE, SCHED_RESET_ON_FORK = 1, 2, 6, 0x40000000  # uapi/linux/sched.h
 RLIM_NLIMITS = 16  # uapi/asm-generic/resource.h
 (RLIMIT_CPU, RLIMIT_FSIZE, RLIMIT_DATA, RLIMIT_STACK, RLIMIT_CORE, RLIMIT_RSS, RLIMIT_NPROC, RLIMIT_NOFILE,
  RLIMIT_MEMLOCK, RLIMIT_AS, RLIMIT_LOCKS, RLIMIT_SIGPENDING, RLIMIT_MSGQUEUE, RLIMIT_NICE, RLIMIT_RTPRIO,
@@ -239,7 +240,8 @@ class Task:
         self.pdeath_signal = 0
         self.affinity = kernel.all_cpus
         self.nice = 0
-        self.policy = (0, 0)  # scheduling policy and priority, sched(7)
+        self.policy = (0, 0)  # scheduling policy (with SCHED_RESET_ON_FORK) and priority, sched(7)
+        self.deadline = (0, 0, 0)  # ns of SCHED_DEADLINE: runtime, deadline, period
         self._seccomp: Any = None
         self.slow = False  # its system calls take kernel.slow_syscall: a filter or a tracer looks at them
         self.ptrace: Any = None  # kernel/ptrace.py: what it is as a tracee

@@ -8,14 +8,16 @@ import struct
 
 from kvmsentry.errors import Errno
 from kvmsentry.kernel import userns
-from kvmsentry.kernel.task import Task
+from kvmsentry.kernel.task import SCHED_DEADLINE, SCHED_FIFO, SCHED_RESET_ON_FORK, SCHED_RR, Task
 from kvmsentry.syscall.abi_time import write_timespec
 from kvmsentry.syscall.table import Int, Pid, UInt, UserPtr, syscall
 
-SCHED_OTHER, SCHED_FIFO, SCHED_RR, SCHED_BATCH, SCHED_IDLE, SCHED_DEADLINE = 0, 1, 2, 3, 5, 6  # uapi/linux/sched.h
-SCHED_RESET_ON_FORK = 0x40000000
+SCHED_OTHER, SCHED_BATCH, SCHED_IDLE = 0, 3, 5  # uapi/linux/sched.h
 CAP_SYS_NICE = 23
-RLIMIT_RTPRIO = 14
+RLIMIT_NICE, RLIMIT_RTPRIO = 13, 14
+FAIR = (SCHED_OTHER, SCHED_BATCH)
+PERIOD_MIN, PERIOD_MAX = 100_000, 4_194_304_000  # ns: sched_deadline_period_{min,max}_us
+FLAG_RESET_ON_FORK, FLAG_RECLAIM, FLAG_OVERRUN, FLAG_KEEP_POLICY, FLAG_KEEP_PARAMS = 1, 2, 4, 8, 16
 SCHED_ATTR = struct.Struct("<IIQiIQQQII")  # struct sched_attr, 56 bytes with utilisation clamps
 SCHED_ATTR_SIZE_VER0 = 48
 
@@ -65,20 +67,48 @@ def sched_getaffinity(task: Task, pid: Pid, length: UInt, mask: UserPtr) -> int:
     return size
 
 
-def _set_policy(task: Task, target: Task, policy: int, priority: int) -> None:
+def _nice_allowed(target: Task, nice: int) -> bool:
+    """is_nice_reduction, kernel/sched/syscalls.c."""
+    return 20 - nice <= target.rlimit(RLIMIT_NICE)
+
+
+def _set_policy(task: Task, target: Task, policy: int, priority: int, nice: int | None = None,
+                deadline: tuple[int, int, int] | None = None) -> None:  # fmt: skip
+    """Check and remember a policy (with SCHED_RESET_ON_FORK in it), as __sched_setscheduler does. `deadline` is
+    (runtime, deadline, period) in ns. EINVAL, EPERM."""
     kind = policy & ~SCHED_RESET_ON_FORK
-    if kind in (SCHED_FIFO, SCHED_RR):
-        if not 1 <= priority <= 99:
-            raise Errno(errno.EINVAL)
-        if not task.creds.capable(CAP_SYS_NICE) and priority > target.rlimit(RLIMIT_RTPRIO):
-            raise Errno(errno.EPERM)
-    elif kind in (SCHED_OTHER, SCHED_BATCH, SCHED_IDLE):
-        if priority:
-            raise Errno(errno.EINVAL)
-    else:
+    old, old_priority = target.policy
+    was = old & ~SCHED_RESET_ON_FORK
+    if kind not in (*FAIR, SCHED_FIFO, SCHED_RR, SCHED_IDLE, SCHED_DEADLINE):
         raise Errno(errno.EINVAL)
+    if not (1 <= priority <= 99 if kind in (SCHED_FIFO, SCHED_RR) else priority == 0):
+        raise Errno(errno.EINVAL)
+    if kind == SCHED_DEADLINE:
+        deadline = _checked_deadline(deadline)
+    limit = target.rlimit(RLIMIT_RTPRIO)
+    privileged = (
+        kind in FAIR and nice is not None and nice < target.nice and not _nice_allowed(target, nice)
+        or kind in (SCHED_FIFO, SCHED_RR) and (kind != was and not limit or priority > max(old_priority, limit))
+        or kind == SCHED_DEADLINE
+        or was == SCHED_IDLE != kind and not _nice_allowed(target, target.nice)
+        or bool(old & SCHED_RESET_ON_FORK & ~policy)
+    )  # fmt: skip
+    if privileged and not task.creds.capable(CAP_SYS_NICE):
+        raise Errno(errno.EPERM)
     _may_change(task, target)
     target.policy = (policy, priority)
+    target.deadline = deadline if kind == SCHED_DEADLINE and deadline is not None else (0, 0, 0)
+    if kind in FAIR and nice is not None:
+        target.nice = nice
+
+
+def _checked_deadline(wanted: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    """The parameters, with a period of 0 made the deadline; EINVAL (__checkparam_dl)."""
+    runtime, deadline, period = wanted or (0, 0, 0)
+    period = period or deadline
+    if not 1024 <= runtime <= deadline <= period < 1 << 63 or not PERIOD_MIN <= period <= PERIOD_MAX:
+        raise Errno(errno.EINVAL)
+    return runtime, deadline, period
 
 
 @syscall(144, note="remembered, not enforced")
@@ -134,7 +164,7 @@ def sched_rr_get_interval(task: Task, pid: Pid, tp: UserPtr) -> int:
     return 0
 
 
-@syscall(314, partial="no SCHED_DEADLINE, no utilisation clamps; remembered, not enforced")
+@syscall(314, partial="no utilisation clamps; remembered, not enforced: SCHED_DEADLINE is never EBUSY")
 def sched_setattr(task: Task, pid: Pid, attr: UserPtr, flags: UInt) -> int:
     if not attr or flags:
         return -errno.EINVAL
@@ -146,13 +176,20 @@ def sched_setattr(task: Task, pid: Pid, attr: UserPtr, flags: UInt) -> int:
     if any(raw[SCHED_ATTR.size :]):
         task.mm.write_u32(attr, SCHED_ATTR.size)
         return -errno.E2BIG
-    _, policy, attr_flags, nice, priority, *_ = SCHED_ATTR.unpack(raw[: SCHED_ATTR.size].ljust(SCHED_ATTR.size, b"\0"))
-    if attr_flags & ~1:
+    _, policy, attr_flags, nice, priority, runtime, deadline, period, *_ = SCHED_ATTR.unpack(
+        raw[: SCHED_ATTR.size].ljust(SCHED_ATTR.size, b"\0")
+    )
+    if policy & 0x80000000 or attr_flags & ~31:
         return -errno.EINVAL
     target = _target(task, pid)
-    _set_policy(task, target, policy | (SCHED_RESET_ON_FORK if attr_flags & 1 else 0), priority)
-    if policy in (SCHED_OTHER, SCHED_BATCH):
-        target.nice = max(-20, min(19, nice))
+    reset = SCHED_RESET_ON_FORK if attr_flags & FLAG_RESET_ON_FORK else 0
+    if attr_flags & FLAG_KEEP_POLICY:
+        policy, reset = target.policy[0] & ~SCHED_RESET_ON_FORK, target.policy[0] & SCHED_RESET_ON_FORK
+    elif policy & SCHED_RESET_ON_FORK:
+        return -errno.EINVAL
+    if attr_flags & FLAG_KEEP_PARAMS:
+        nice, priority, (runtime, deadline, period) = target.nice, target.policy[1], target.deadline
+    _set_policy(task, target, policy | reset, priority, max(-20, min(19, nice)), (runtime, deadline, period))
     return 0
 
 
@@ -162,9 +199,10 @@ def sched_getattr(task: Task, pid: Pid, attr: UserPtr, size: UInt, flags: UInt) 
         return -errno.EINVAL
     target = _target(task, pid)
     policy, priority = target.policy
-    reset = int(bool(policy & SCHED_RESET_ON_FORK))
+    reset, policy = int(bool(policy & SCHED_RESET_ON_FORK)), policy & ~SCHED_RESET_ON_FORK
+    nice = 0 if policy in (SCHED_FIFO, SCHED_RR, SCHED_DEADLINE) else target.nice
     length = min(size, SCHED_ATTR.size)
-    packed = SCHED_ATTR.pack(length, policy & ~SCHED_RESET_ON_FORK, reset, target.nice, priority, 0, 0, 0, 0, 1024)
+    packed = SCHED_ATTR.pack(length, policy, reset, nice, priority, *target.deadline, 0, 1024)
     task.mm.write(attr, packed[:length])
     return 0
 

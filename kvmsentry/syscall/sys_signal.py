@@ -288,11 +288,15 @@ def _queued_info(task: Task, signo: int, address: int) -> SigInfo:
 @syscall(129)
 def rt_sigqueueinfo(task: Task, pid: Pid, signo: Signal, info: UserPtr) -> int:
     data = _queued_info(task, signo, info)
-    if (data.code >= 0 or data.code == SI_TKILL) and task.process.vpid != pid:
+    if (data.code >= 0 or data.code == SI_TKILL) and task.vtid != pid:
         return -errno.EPERM  # only the kernel and kill(2) say such things
-    process = task.process.pid_ns.processes.get(pid)
+    space = task.process.pid_ns
+    process = space.processes.get(pid)
     if process is None:
-        return -errno.ESRCH
+        other = space.tasks.get(pid)  # any thread's id names its process
+        if other is None:
+            return -errno.ESRCH
+        process = other.process
     _kill_process(task, process, data)
     return 0
 

@@ -1,8 +1,11 @@
 /* What the man pages say in passing: which of two errors wins, what a child inherits. */
 #include "proc_check.h"
 #include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/uio.h>
 
 static void mappings(void)
@@ -54,11 +57,114 @@ static void slack(void)
 	CHECK(status_of(child) == 0 && prctl(PR_SET_TIMERSLACK, 0) == 0 && prctl(PR_GET_TIMERSLACK) == 50000);
 }
 
+/* struct sched_attr without the clamps. */
+struct attributes {
+	uint32_t size, policy;
+	uint64_t flags;
+	int32_t nice;
+	uint32_t priority;
+	uint64_t runtime, deadline, period;
+};
+
+#define DEADLINE 6
+#define RESET_ON_FORK 1
+
+static int set(pid_t pid, struct attributes *a)
+{
+	return syscall(SYS_sched_setattr, pid, a, 0);
+}
+
+static int child_is(int policy, int nice)
+{
+	struct sched_param param;
+	pid_t child = fork();
+
+	if (child == 0)
+		_exit(sched_getscheduler(0) != policy || getpriority(PRIO_PROCESS, 0) != nice ||
+		      sched_getparam(0, &param) || param.sched_priority);
+	CHECK(child > 0);
+	return status_of(child) == 0;
+}
+
+/* SCHED_RESET_ON_FORK keeps a real-time policy and a good nice value from the children; SCHED_DEADLINE needs it. */
+static void schedules(void)
+{
+	struct sched_param param = { .sched_priority = 0 };
+	struct attributes a = { sizeof(a), DEADLINE, 0, 0, 0, 10000000, 30000000, 0 }, got;
+
+	CHECK(sched_setscheduler(0, SCHED_OTHER | SCHED_RESET_ON_FORK, &param) == 0);
+	CHECK(sched_getscheduler(0) == (SCHED_OTHER | SCHED_RESET_ON_FORK));
+	CHECK(setpriority(PRIO_PROCESS, 0, 4) == 0 && child_is(SCHED_OTHER, 4));
+	if (sched_setscheduler(0, SCHED_OTHER, &param) == -1) {
+		CHECK(errno == EPERM); /* only the privileged take it away again */
+		return;
+	}
+	param.sched_priority = 7;
+	if (sched_setscheduler(0, SCHED_RR | SCHED_RESET_ON_FORK, &param) == -1) {
+		CHECK(errno == EPERM);
+		return;
+	}
+	CHECK(child_is(SCHED_OTHER, 0));
+	CHECK(syscall(SYS_sched_getattr, 0, &got, sizeof(got), 0) == 0 && got.policy == SCHED_RR && got.priority == 7);
+	CHECK(got.flags == RESET_ON_FORK && got.nice == 0);
+	a.deadline = 1000000;
+	FAILS(set(0, &a), EINVAL); /* shorter than the runtime */
+	a.deadline = 30000000;
+	a.period = 20000000;
+	FAILS(set(0, &a), EINVAL);
+	a.period = 0;
+	FAILS(syscall(SYS_sched_setattr, 0, &a, 1), EINVAL);
+	FAILS(set(1 << 22, &a), ESRCH);
+	CHECK(set(0, &a) == 0);
+	CHECK(syscall(SYS_sched_getattr, 0, &got, sizeof(got), 0) == 0 && got.policy == DEADLINE && !got.flags);
+	CHECK(got.runtime == 10000000 && got.deadline == 30000000 && got.period == 30000000);
+	FAILS(fork(), EAGAIN);
+	a.flags = RESET_ON_FORK;
+	CHECK(set(0, &a) == 0 && child_is(SCHED_OTHER, 0));
+	param.sched_priority = 0;
+	CHECK(sched_setscheduler(0, SCHED_OTHER, &param) == 0);
+}
+
+static volatile sig_atomic_t told;
+
+static void on_signal(int signo, siginfo_t *info, void *context)
+{
+	(void)signo;
+	(void)context;
+	told = info->si_value.sival_int;
+}
+
+static void *queued(void *unused)
+{
+	siginfo_t info = { .si_code = SI_QUEUE };
+
+	(void)unused;
+	info.si_value.sival_int = 777;
+	CHECK(syscall(SYS_rt_sigqueueinfo, gettid(), SIGUSR1, &info) == 0);
+	info.si_code = SI_USER;
+	CHECK(syscall(SYS_rt_sigqueueinfo, gettid(), 0, &info) == 0);
+	FAILS(syscall(SYS_rt_sigqueueinfo, getpid(), 0, &info), EPERM); /* its own number is the thread's */
+	return NULL;
+}
+
+/* Any thread's number names its process. */
+static void signal_by_thread(void)
+{
+	struct sigaction sa = { .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO };
+	pthread_t thread;
+
+	CHECK(sigaction(SIGUSR1, &sa, NULL) == 0);
+	CHECK(pthread_create(&thread, NULL, queued, NULL) == 0 && pthread_join(thread, NULL) == 0);
+	CHECK(told == 777);
+}
+
 int main(void)
 {
+	signal_by_thread();
 	mappings();
 	positions();
 	slack();
+	schedules();
 	puts("as the man pages say");
 	return 0;
 }

@@ -13,7 +13,15 @@ from kvmsentry.fs.proc.access import look, may_look
 from kvmsentry.fs.proc.nodes import cpu_list, cpu_mask
 from kvmsentry.fs.proc.system import TICK
 from kvmsentry.kernel import cputime
-from kvmsentry.kernel.task import NSIG, RLIM_INFINITY, SigHand
+from kvmsentry.kernel.task import (
+    NSIG,
+    RLIM_INFINITY,
+    SCHED_DEADLINE,
+    SCHED_FIFO,
+    SCHED_RESET_ON_FORK,
+    SCHED_RR,
+    SigHand,
+)
 from kvmsentry.kernel.timens import BOOTTIME
 from kvmsentry.kernel.userns import shown_gid, shown_uid
 
@@ -63,6 +71,11 @@ def _signals(sighand: SigHand) -> tuple[int, int]:
     return ignored, caught
 
 
+def _policy(target: Task) -> tuple[int, int]:
+    """Scheduling policy and priority, without SCHED_RESET_ON_FORK."""
+    return target.policy[0] & ~SCHED_RESET_ON_FORK, target.policy[1]
+
+
 def _name(task: Task) -> str:
     """comm with what would break lines escaped."""
     return task.comm.decode("utf-8", "surrogateescape").replace("\\", "\\\\").replace("\n", "\\n")
@@ -76,8 +89,10 @@ def stat(reader: Task, target: Task, ns: PidNamespace, thread: bool = False) -> 
     ignored, caught = _signals(target.sighand) if target.sighand is not None else (0, 0)
     used = cputime.of_task(target) if thread else cputime.of_process(process)
     image = mm.image if mm is not None and may_look(reader, target) else None
-    policy, priority = target.policy
-    shown_priority = 20 + target.nice if policy in (0, 3, 5) else -1 - priority
+    policy, priority = _policy(target)
+    shown_priority = {SCHED_FIFO: -1 - priority, SCHED_RR: -1 - priority, SCHED_DEADLINE: -101}.get(
+        policy, 20 + target.nice
+    )
     fields: list[Any] = [
         ns.pid_of(process.parent), ns.pgid_of(process.group), ns.sid_of(process.session),
         tty.rdev if tty is not None else 0, ns.pgid_of(foreground) if foreground is not None else -1,
@@ -283,12 +298,12 @@ def stack(reader: Task, target: Task) -> str:
 def sched(reader: Task, target: Task) -> str:
     """/proc/PID/sched: the lines that tools look at."""
     used = cputime.of_task(target) / 1e6
-    policy, priority = target.policy
+    policy, priority = _policy(target)
     return (
         f"{_name(target)} ({reader.process.pid_ns.tid_of(target)}, #threads: {len(target.process.threads)})\n"
         + "-" * 67 + "\n"
         f"{'se.sum_exec_runtime':<45}:{used:>21.6f}\n{'nr_switches':<45}:{0:>21}\n{'policy':<45}:{policy:>21}\n"
-        f"{'prio':<45}:{120 + target.nice if policy == 0 else 99 - priority:>21}\n"
+        f"{'prio':<45}:{-1 if policy == SCHED_DEADLINE else 99 - priority if priority else 120 + target.nice:>21}\n"
     )
 
 
