@@ -196,7 +196,7 @@ def _group_dead(process: Process, last: Task) -> None:
     for timer in process.timers.values():
         timer.delete()
     process.timers.clear()
-    for timer in process.itimers:
+    for timer in (*process.itimers, process.cpu_limit):
         if timer is not None:
             timer.delete()
     signals.flush(process.pending, (1 << 64) - 1)

@@ -14,6 +14,7 @@ from kvmsentry.errors import Errno
 from kvmsentry.fs.fdtable import FdTable
 from kvmsentry.fs.vfs import FsContext, Path
 from kvmsentry.kernel import cap, namespaces, pidns, ptrace, signals, timens
+from kvmsentry.kernel.posix_timers import renew_cpu_limit
 from kvmsentry.kernel.task import (
     NO_NUMBERS,
     RLIM_INFINITY,
@@ -288,6 +289,8 @@ def _new_process(task: Task, pid: int, flags: int, exit_signal: int) -> Process:
         parent.children[pid] = child
     child.exit_signal = exit_signal
     child.rlimits = list(process.rlimits)
+    if process.cpu_limit is not None:
+        renew_cpu_limit(child)
     child.personality, child.oom_score_adj, child.exe = process.personality, process.oom_score_adj, process.exe
     child.dumpable, child.no_new_privs = process.dumpable, process.no_new_privs
     if process.exe_inode is not None:
@@ -328,6 +331,7 @@ def create_process(
     limits = DEFAULT_RLIMITS if rlimits is None else {**DEFAULT_RLIMITS, **rlimits}
     for resource, value in limits.items():
         process.rlimits[resource] = value
+    renew_cpu_limit(process)
     files = files if files is not None else FdTable()
     fs = FsContext(root, cwd if cwd is not None else root, umask)
     task = Task(kernel, pid, process, None, files, fs, SigHand(), creds if creds is not None else Credentials())

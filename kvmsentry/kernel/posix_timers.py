@@ -10,11 +10,14 @@ import abc
 import time
 
 from kvmsentry.kernel import cputime
-from kvmsentry.kernel.task import Process, SigInfo, Task
+from kvmsentry.kernel.task import RLIM_INFINITY, RLIMIT_CPU, Process, SigInfo, Task
 from kvmsentry.kernel.traps import Timer
+from kvmsentry.syscall.abi_signal import SIGKILL, SIGXCPU
 
 SI_TIMER, SI_KERNEL = -2, 0x80  # uapi/asm-generic/siginfo.h
 CLOCK_REALTIMES = (0, 5, 8, 11)
+SECOND = 1_000_000_000  # ns
+FOREVER = 1 << 32  # seconds: no limit is further off
 MIN_CPU_CHECK = 1_000_000  # ns: how often, at most, a processor-time timer looks
 
 
@@ -102,6 +105,40 @@ class IntervalTimer(SignalTimer):
         from kvmsentry.kernel import signals
 
         signals.send_process(self.process, SigInfo(self.signo, SI_KERNEL))
+
+
+class CpuLimit(SignalTimer):
+    """RLIMIT_CPU: SIGXCPU at the soft limit and every second then, SIGKILL at the hard one: check_process_timers."""
+
+    cpu = True
+
+    def clock(self) -> int:
+        return cputime.of_process(self.process)
+
+    def renew(self) -> None:
+        """The limit is another."""
+        soft = self.process.rlimits[RLIMIT_CPU][0]
+        self.set(0, 0 if soft == RLIM_INFINITY else max(1, min(soft, FOREVER) * SECOND), absolute=True)
+
+    def fire(self, missed: int) -> None:
+        from kvmsentry.kernel import signals
+
+        soft, hard = self.process.rlimits[RLIMIT_CPU]
+        if hard != RLIM_INFINITY and self.clock() >= hard * SECOND:
+            signals.send_process(self.process, SigInfo(SIGKILL, SI_KERNEL))
+            return
+        self.process.rlimits[RLIMIT_CPU] = soft + 1, hard
+        self.renew()
+        signals.send_process(self.process, SigInfo(SIGXCPU, SI_KERNEL))
+
+
+def renew_cpu_limit(process: Process) -> None:
+    """RLIMIT_CPU of `process` was set or inherited."""
+    if process.cpu_limit is None:
+        if process.rlimits[RLIMIT_CPU][0] == RLIM_INFINITY:
+            return
+        process.cpu_limit = CpuLimit(process)
+    process.cpu_limit.renew()
 
 
 class PosixTimer(SignalTimer):

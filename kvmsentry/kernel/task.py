@@ -188,6 +188,7 @@ class Process:
         self.peak_pages = self.children_peak_pages = 0  # most ever resident: of former programs; of waited-for children
         self.timers: dict[int, Any] = {}  # POSIX timers by id
         self.itimers: list[Any] = [None, None, None]
+        self.cpu_limit: Any = None  # posix_timers.CpuLimit, when RLIMIT_CPU was ever set
         self.personality = 0
         self.oom_score_adj = 0
         self.creator: Task | None = None  # the thread that forked it: __WNOTHREAD, PR_SET_PDEATHSIG

@@ -359,6 +359,8 @@ def shmat(task: Task, shmid: Int, shmaddr: UserPtr, shmflg: Int) -> int:
             if not shmflg & SHM_RND:
                 return -errno.EINVAL
             shmaddr &= -PAGE
+            if not shmaddr and shmflg & SHM_REMAP:
+                return -errno.EINVAL
         flags |= 0x10 if shmflg & SHM_REMAP else 0x100000  # MAP_FIXED or MAP_FIXED_NOREPLACE
     elif shmflg & SHM_REMAP:
         return -errno.EINVAL

@@ -30,9 +30,13 @@ def sched_yield(task: Task) -> int:
 def _target(task: Task, pid: int, negative: int = errno.EINVAL) -> Task:
     if pid < 0:
         raise Errno(negative)
-    target = task.process.pid_ns.tasks.get(pid) if pid else task
+    space = task.process.pid_ns
+    target = space.tasks.get(pid) if pid else task
     if target is None:
-        raise Errno(errno.ESRCH)
+        process = space.processes.get(pid)  # a zombie still has its policy
+        if process is None:
+            raise Errno(errno.ESRCH)
+        target = process.leader
     return target
 
 

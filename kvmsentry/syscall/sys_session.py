@@ -8,8 +8,10 @@ from struct import Struct
 from kvmsentry.errors import Errno
 from kvmsentry.kernel import cap, cputime, exit, userns
 from kvmsentry.kernel.exec import set_limits
+from kvmsentry.kernel.posix_timers import renew_cpu_limit
 from kvmsentry.kernel.task import (
     RLIM_NLIMITS,
+    RLIMIT_CPU,
     RLIMIT_NICE,
     RLIMIT_NOFILE,
     Process,
@@ -121,6 +123,8 @@ def _check_limit(task: Task, process: Process, resource: int, soft: int, hard: i
 def _set_limit(task: Task, process: Process, resource: int, soft: int, hard: int) -> None:
     _check_limit(task, process, resource, soft, hard)
     process.rlimits[resource] = soft, hard
+    if resource == RLIMIT_CPU:
+        renew_cpu_limit(process)
     for thread in process.threads.values():
         if thread.mm is not None:
             set_limits(thread.mm, process.rlimits)
@@ -135,7 +139,7 @@ def getrlimit(task: Task, resource: UInt, limit: UserPtr) -> int:
     return 0
 
 
-@syscall(160, partial="RLIMIT_CPU, RSS, LOCKS and RTTIME are kept but limit nothing")
+@syscall(160, partial="RLIMIT_RTTIME is kept but limits nothing")
 def setrlimit(task: Task, resource: UInt, limit: UserPtr) -> int:
     if resource >= RLIM_NLIMITS:
         return -errno.EINVAL

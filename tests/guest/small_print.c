@@ -91,6 +91,8 @@ static void schedules(void)
 {
 	struct sched_param param = { .sched_priority = 0 };
 	struct attributes a = { sizeof(a), DEADLINE, 0, 0, 0, 10000000, 30000000, 0 }, got;
+	siginfo_t info;
+	pid_t child;
 
 	CHECK(sched_setscheduler(0, SCHED_OTHER | SCHED_RESET_ON_FORK, &param) == 0);
 	CHECK(sched_getscheduler(0) == (SCHED_OTHER | SCHED_RESET_ON_FORK));
@@ -99,6 +101,12 @@ static void schedules(void)
 		CHECK(errno == EPERM); /* only the privileged take it away again */
 		return;
 	}
+	child = fork();
+	if (child == 0)
+		_exit(0);
+	CHECK(waitid(P_PID, child, &info, WEXITED | WNOWAIT) == 0 && sched_getscheduler(child) == SCHED_OTHER);
+	CHECK(status_of(child) == 0);
+	FAILS(sched_getscheduler(child), ESRCH);
 	param.sched_priority = 7;
 	if (sched_setscheduler(0, SCHED_RR | SCHED_RESET_ON_FORK, &param) == -1) {
 		CHECK(errno == EPERM);
@@ -158,8 +166,45 @@ static void signal_by_thread(void)
 	CHECK(told == 777);
 }
 
+static volatile sig_atomic_t warnings;
+
+static void on_limit(int signo, siginfo_t *info, void *context)
+{
+	(void)signo;
+	(void)context;
+	warnings += info->si_code == SI_KERNEL;
+}
+
+/* A warning at the soft limit, and the end at the hard one; a child has its own time and the same limits. */
+static void processor_limit(void)
+{
+	int *seen = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0), status;
+	struct sigaction sa = { .sa_sigaction = on_limit, .sa_flags = SA_SIGINFO };
+	struct rlimit limit = { 1, 2 };
+	pid_t child = fork(), own;
+
+	CHECK(seen != MAP_FAILED && child >= 0);
+	if (child == 0) {
+		CHECK(sigaction(SIGXCPU, &sa, NULL) == 0 && setrlimit(RLIMIT_CPU, &limit) == 0);
+		own = fork();
+		if (own == 0) {
+			while (!warnings)
+				;
+			CHECK(getrlimit(RLIMIT_CPU, &limit) == 0 && limit.rlim_max == 2);
+			*seen = limit.rlim_cur;
+			for (;;)
+				;
+		}
+		status = status_of(own);
+		_exit(!(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL && !warnings));
+	}
+	CHECK(status_of(child) == 0 && *seen == 2);
+	munmap(seen, 4096);
+}
+
 int main(void)
 {
+	processor_limit();
 	signal_by_thread();
 	mappings();
 	positions();
