@@ -56,6 +56,7 @@ class AnonFile(File):
     """A file on anon_inodefs; `name` is what stands between the brackets of `anon_inode:[eventfd]`."""
 
     name = b""
+    splices = False
 
     def __init__(self, flags: int = O_RDWR) -> None:
         File.__init__(self, _anon.root, None, flags)

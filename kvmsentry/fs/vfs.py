@@ -618,6 +618,7 @@ class File:
     __slots__ = ("inode", "path", "flags", "pos", "refs", "owner", "cursor", "endings", "__dict__", "__weakref__")
     queue: WaitQueue | None = None  # who waits for readiness; None for files that are always ready
     seekable = False
+    splices = True  # splice(2) and sendfile(2) work on it: it has splice_read and splice_write
     write_all = False  # a blocking write(2) goes on until everything is written: pipes, terminals, stream sockets
     counted = False  # among `inode.writers`
     read_timeout = write_timeout = 0  # ns that read(2), write(2) sleep at most (SO_RCVTIMEO, SO_SNDTIMEO), 0: for ever
@@ -770,6 +771,7 @@ class Directory(File):
 
     __slots__ = ()
     seekable = True
+    splices = False
 
     def pread(self, views: list[memoryview], pos: int) -> int:
         """EISDIR."""

@@ -77,22 +77,26 @@ def _kind_and_flags(kind: int) -> tuple[int, int, bool]:
 
 
 # -- making ----------------------------------------------------------------------------------------------------------
-@syscall(41, note="families: AF_UNIX, AF_INET, AF_INET6, AF_NETLINK")
-def socket(task: Task, family: Int, type: Int, protocol: Int) -> int:
-    """socket(2)."""
-    kind, flags, cloexec = _kind_and_flags(type)
+def _make(task: Task, family: int, kind: int, protocol: int, flags: int) -> Socket:
+    """An unnamed socket; EAFNOSUPPORT, EPROTONOSUPPORT, ESOCKTNOSUPPORT, EPERM."""
     if not 0 <= family < abi.AF_MAX:
         raise Errno(errno.EAFNOSUPPORT)
     if family == abi.AF_UNIX:
         if protocol not in (0, abi.AF_UNIX):
             raise Errno(errno.EPROTONOSUPPORT)
-        sock: Socket = unix.create(task, kind, flags)
-    elif family in (abi.AF_INET, abi.AF_INET6):
-        sock = inet.create(task, family, kind, protocol, flags)
-    elif family == abi.AF_NETLINK:
-        sock = netlink.create(task, kind, protocol, flags)
-    else:
-        raise Errno(errno.EAFNOSUPPORT)
+        return unix.create(task, kind, flags)
+    if family in (abi.AF_INET, abi.AF_INET6):
+        return inet.create(task, family, kind, protocol, flags)
+    if family == abi.AF_NETLINK:
+        return netlink.create(task, kind, protocol, flags)
+    raise Errno(errno.EAFNOSUPPORT)
+
+
+@syscall(41, note="families: AF_UNIX, AF_INET, AF_INET6, AF_NETLINK")
+def socket(task: Task, family: Int, type: Int, protocol: Int) -> int:
+    """socket(2)."""
+    kind, flags, cloexec = _kind_and_flags(type)
+    sock = _make(task, family, kind, protocol, flags)
     return install(task, sock, 0, cloexec)
 
 
@@ -101,7 +105,8 @@ def socketpair(task: Task, family: Int, type: Int, protocol: Int, fds: UserPtr) 
     """socketpair(2)."""
     kind, flags, cloexec = _kind_and_flags(type)
     if family != abi.AF_UNIX:
-        raise Errno(errno.EOPNOTSUPP if family in (abi.AF_INET, abi.AF_INET6, abi.AF_NETLINK) else errno.EAFNOSUPPORT)
+        _make(task, family, kind, protocol, flags).put()  # what is wrong with it comes first
+        raise Errno(errno.EOPNOTSUPP)
     if protocol not in (0, abi.AF_UNIX):
         raise Errno(errno.EPROTONOSUPPORT)
     one, other = unix.pair(task, kind, flags)

@@ -155,7 +155,7 @@ def sendfile(task: Task, out_fd: Fd, in_fd: Fd, offset: UserPtr, count: Size) ->
     start = _read_offset(task, offset) if offset else None
     source = readable(task.files.files.get(in_fd))
     sink = writable(task.files.files.get(out_fd))
-    if count > SSIZE_MAX or not _has_positions(source) or sink.flags & O_APPEND:
+    if count > SSIZE_MAX or not _has_positions(source) or sink.flags & O_APPEND or not sink.splices:
         raise Errno(errno.EINVAL)
     count = min(count, MAX_RW_COUNT)
     at = [source.pos if start is None else start]
@@ -256,7 +256,7 @@ def _from_pipe(task: Task, source: PipeFile, sink: File, out_offset: int, count:
         if not _has_positions(sink):
             raise Errno(errno.EINVAL if sink.seekable else errno.ESPIPE)
         at = [_read_offset(task, out_offset)]
-    if sink.flags & O_APPEND:
+    if sink.flags & O_APPEND or not sink.splices:
         raise Errno(errno.EINVAL)
     if sink.seekable:
         count = limit_size(task, sink, at[0] if at else sink.pos, count)
@@ -295,6 +295,8 @@ def _to_pipe(task: Task, source: File, sink: PipeFile, in_offset: int, count: in
         if not _has_positions(source):
             raise Errno(errno.EINVAL if source.seekable else errno.ESPIPE)
         at = [_read_offset(task, in_offset)]
+    if not source.splices:
+        raise Errno(errno.EINVAL)
     pipe = sink.pipe
 
     def step(want: int) -> tuple[int, Wait | None]:

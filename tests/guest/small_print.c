@@ -6,6 +6,10 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <netinet/in.h>
+#include <sys/eventfd.h>
+#include <sys/sendfile.h>
+#include <sys/socket.h>
 #include <sys/uio.h>
 
 static void mappings(void)
@@ -202,8 +206,38 @@ static void processor_limit(void)
 	munmap(seen, 4096);
 }
 
+/* What has no splice_read or splice_write says so at once, even when the pipe has nothing yet. */
+static void splices(void)
+{
+	int ends[2], event = eventfd(0, 0), directory = open("/", O_RDONLY), file = open("/proc/self/exe", O_RDONLY);
+
+	CHECK(pipe(ends) == 0);
+	FAILS(splice(ends[0], NULL, event, NULL, 8, 0), EINVAL);
+	FAILS(splice(event, NULL, ends[1], NULL, 8, 0), EINVAL);
+	FAILS(splice(directory, NULL, ends[1], NULL, 8, 0), EINVAL);
+	FAILS(sendfile(event, file, NULL, 8), EINVAL);
+	FAILS(sendfile(ends[1], directory, NULL, 8), EINVAL);
+	close(ends[0]);
+	close(ends[1]);
+	close(event);
+	close(directory);
+	close(file);
+}
+
+static void pairs(void)
+{
+	int fds[2];
+
+	FAILS(socketpair(AF_INET, SOCK_STREAM, 0, fds), EOPNOTSUPP);
+	FAILS(socketpair(AF_INET, SOCK_DGRAM, IPPROTO_TCP, fds), EPROTONOSUPPORT);
+	FAILS(socketpair(AF_INET6, SOCK_STREAM, IPPROTO_ICMP, fds), EPROTONOSUPPORT);
+	FAILS(socketpair(AF_UNIX, SOCK_STREAM, 17, fds), EPROTONOSUPPORT);
+}
+
 int main(void)
 {
+	splices();
+	pairs();
 	processor_limit();
 	signal_by_thread();
 	mappings();
