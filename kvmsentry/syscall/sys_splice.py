@@ -32,7 +32,6 @@ from kvmsentry.syscall.sys_io import (
     read_views,
     readable,
     writable,
-    write_views,
 )
 from kvmsentry.syscall.table import Fd, Size, UInt, UserPtr, syscall
 
@@ -354,8 +353,32 @@ def vmsplice(task: Task, fd: Fd, vec: UserPtr, count: Size, flags: UInt) -> Any:
         return 0
     wait = not flags & SPLICE_F_NONBLOCK
     if file.writable:
-        return write_views(task, file, lambda done: iov_views(task, iov, False, done), total, wait)
+        return _run(task, (file,), _memory_to_pipe(task, iov, file), total, wait, False, lambda: None)
     return read_views(task, file, lambda done: iov_views(task, iov, True), wait)
+
+
+def _memory_to_pipe(task: Task, iov: list[tuple[int, int]], sink: PipeFile) -> Step:
+    """Copies what fits at once: vmsplice sleeps for room, and then not for more of it (vmsplice_to_pipe)."""
+
+    def step(want: int) -> tuple[int, Wait | None]:
+        pipe = sink.pipe
+        if not pipe.readers:
+            return EPIPE, None
+        room = pipe.capacity - pipe.used
+        if not room:
+            return EAGAIN, (pipe.queue, WRITE_EVENTS)
+        pieces, left = [], room
+        for base, length in iov:
+            if left:
+                pieces.append((base, min(length, left)))
+                left -= pieces[-1][1]
+        views = iov_views(task, pieces, False)
+        n = sum(map(len, views))
+        _copy(views, pipe.space(n))
+        pipe.commit(n)
+        return n, None
+
+    return step
 
 
 # -- copy_file_range -------------------------------------------------------------------------------------------

@@ -234,8 +234,32 @@ static void pairs(void)
 	FAILS(socketpair(AF_UNIX, SOCK_STREAM, 17, fds), EPROTONOSUPPORT);
 }
 
+/* vmsplice gives what fits; the rest is for the next call. */
+static void memory_to_pipe(void)
+{
+	static char data[100000], got[sizeof(data)];
+	struct iovec v[2] = { { data, 10 }, { data + 10, sizeof(data) - 10 } };
+	int ends[2], room;
+	ssize_t n;
+
+	memset(data, 'x', sizeof(data));
+	memcpy(data, "beginning, and on", 17);
+	CHECK(pipe(ends) == 0);
+	room = fcntl(ends[1], F_GETPIPE_SZ);
+	n = vmsplice(ends[1], v, 2, 0);
+	CHECK(n > 10 && n <= room && room < (int)sizeof(data));
+	FAILS(vmsplice(ends[1], v, 2, SPLICE_F_NONBLOCK), EAGAIN);
+	CHECK(read(ends[0], got, sizeof(got)) == n && memcmp(got, data, n) == 0);
+	FAILS(vmsplice(ends[1], &(struct iovec){ (void *)16, 8 }, 1, 0), EFAULT);
+	close(ends[0]);
+	signal(SIGPIPE, SIG_IGN);
+	FAILS(vmsplice(ends[1], v, 2, 0), EPIPE);
+	close(ends[1]);
+}
+
 int main(void)
 {
+	memory_to_pipe();
 	splices();
 	pairs();
 	processor_limit();
