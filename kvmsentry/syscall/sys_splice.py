@@ -46,14 +46,14 @@ _loff = struct.Struct("<q")
 _buffer = memoryview(bytearray(CHUNK))  # never holds anything across a sleep
 
 Wait = tuple[WaitQueue | None, int]
+End = Callable[[int], None]  # called with the bytes moved, unless the call fails
 Step = Callable[[int], tuple[int, Wait | None]]  # bytes wanted -> bytes moved or -errno, what to wait for on EAGAIN
 
 
 def _run(
-    task: Task, files: tuple[File, ...], step: Step, count: int, wait: bool, whole: bool, end: Callable[[], None]
+    task: Task, files: tuple[File, ...], step: Step, count: int, wait: bool, whole: bool, end: End
 ) -> Any:
-    """Drive `step` for `count` bytes: all of it when `whole`, else what comes at once. `end` is called when bytes were
-    moved. EPIPE brings SIGPIPE."""
+    """Drive `step` for `count` bytes: all of it when `whole`, else what comes at once. EPIPE brings SIGPIPE."""
     done = 0
     while done < count:
         try:
@@ -78,8 +78,7 @@ def _run(
         if n < 0 and not done:
             return n
         break
-    if done:
-        end()
+    end(done)
     return done
 
 
@@ -90,7 +89,7 @@ async def _run_on(
     count: int,
     done: int,
     wait: bool,
-    end: Callable[[], None],
+    end: End,
     blocked: Wait | None,
     whole: bool = True,
 ) -> int:
@@ -124,12 +123,15 @@ async def _run_on(
                 broken_pipe(task)
             if not done:
                 raise
-        if done:
-            end()
+        end(done)
         return done
     finally:
         for file in files:
             file.put()
+
+
+def _nothing(moved: int) -> None:
+    """The `end` of calls that write nothing back."""
 
 
 def _put(task: Task, file: File, views: list[memoryview]) -> int:
@@ -170,12 +172,12 @@ def sendfile(task: Task, out_fd: Fd, in_fd: Fd, offset: UserPtr, count: Size) ->
             at[0] += n
         return n, (sink.queue, WRITE_EVENTS)
 
-    def end() -> None:
+    def end(moved: int) -> None:
         if start is None:
             source.pos = at[0]
         else:
             task.mm.write(offset, _loff.pack(at[0]))
-        if WATCHES:
+        if WATCHES and moved:
             accessed(source)
             modified(sink)
 
@@ -202,7 +204,7 @@ def splice(
         if source.pipe is sink.pipe:
             raise Errno(errno.EINVAL)
         wait = wait and not (source.flags | sink.flags) & O_NONBLOCK
-        return _run(task, (source, sink), _pipe_to_pipe(source, sink, True), count, wait, False, lambda: None)
+        return _run(task, (source, sink), _pipe_to_pipe(source, sink, True), count, wait, False, _nothing)
     if isinstance(source, PipeFile):
         if in_offset:
             raise Errno(errno.ESPIPE)
@@ -278,10 +280,10 @@ def _from_pipe(task: Task, source: PipeFile, sink: File, out_offset: int, count:
             return 0, None
         return n, (sink.queue, WRITE_EVENTS)
 
-    def end() -> None:
+    def end(moved: int) -> None:
         if at:
             task.mm.write(out_offset, _loff.pack(at[0]))
-        if WATCHES:
+        if WATCHES and moved:
             modified(sink)
 
     wait = wait and not (source.flags | (0 if sink.seekable else sink.flags)) & O_NONBLOCK
@@ -314,10 +316,10 @@ def _to_pipe(task: Task, source: File, sink: PipeFile, in_offset: int, count: in
                 at[0] += n
         return n, (source.queue, READ_EVENTS)
 
-    def end() -> None:
+    def end(moved: int) -> None:
         if at:
             task.mm.write(in_offset, _loff.pack(at[0]))
-        if WATCHES:
+        if WATCHES and moved:
             accessed(source)
 
     wait = wait and not ((0 if source.seekable else source.flags) | sink.flags) & O_NONBLOCK
@@ -337,7 +339,7 @@ def tee(task: Task, in_fd: Fd, out_fd: Fd, count: Size, flags: UInt) -> Any:
         raise Errno(errno.EINVAL)
     wait = not flags & SPLICE_F_NONBLOCK and not (source.flags | sink.flags) & O_NONBLOCK
     count = min(count, MAX_RW_COUNT)
-    return _run(task, (source, sink), _pipe_to_pipe(source, sink, False), count, wait, False, lambda: None)
+    return _run(task, (source, sink), _pipe_to_pipe(source, sink, False), count, wait, False, _nothing)
 
 
 @syscall(278, note="pages are copied, never given away")
@@ -353,7 +355,7 @@ def vmsplice(task: Task, fd: Fd, vec: UserPtr, count: Size, flags: UInt) -> Any:
         return 0
     wait = not flags & SPLICE_F_NONBLOCK
     if file.writable:
-        return _run(task, (file,), _memory_to_pipe(task, iov, file), total, wait, False, lambda: None)
+        return _run(task, (file,), _memory_to_pipe(task, iov, file), total, wait, False, _nothing)
     return read_views(task, file, lambda done: iov_views(task, iov, True), wait)
 
 
@@ -424,7 +426,9 @@ def copy_file_range(
             done[0] += n
         return n, None
 
-    def end() -> None:
+    def end(moved: int) -> None:
+        if not moved:
+            return
         if in_offset:
             task.mm.write(in_offset, _loff.pack(take + done[0]))
         else:

@@ -209,7 +209,8 @@ static void processor_limit(void)
 /* What has no splice_read or splice_write says so at once, even when the pipe has nothing yet. */
 static void splices(void)
 {
-	int ends[2], event = eventfd(0, 0), directory = open("/", O_RDONLY), file = open("/proc/self/exe", O_RDONLY);
+	loff_t *fixed;
+	int empty, ends[2], event = eventfd(0, 0), directory = open("/", O_RDONLY), file = open("/proc/self/exe", O_RDONLY);
 
 	CHECK(pipe(ends) == 0);
 	FAILS(splice(ends[0], NULL, event, NULL, 8, 0), EINVAL);
@@ -217,6 +218,14 @@ static void splices(void)
 	FAILS(splice(directory, NULL, ends[1], NULL, 8, 0), EINVAL);
 	FAILS(sendfile(event, file, NULL, 8), EINVAL);
 	FAILS(sendfile(ends[1], directory, NULL, 8), EINVAL);
+	/* The offset is written back also when nothing moved. */
+	fixed = mmap(NULL, 4096, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	empty = memfd_create("empty", 0);
+	FAILS(sendfile(ends[1], empty, fixed, 8), EFAULT);
+	FAILS(splice(empty, fixed, ends[1], NULL, 8, 0), EFAULT);
+	CHECK(copy_file_range(empty, fixed, file = memfd_create("other", 0), NULL, 8, 0) == 0);
+	munmap(fixed, 4096);
+	close(empty);
 	close(ends[0]);
 	close(ends[1]);
 	close(event);
