@@ -6,6 +6,7 @@ import errno
 from struct import Struct
 
 from kvmsentry.errors import Errno
+from kvmsentry.fs.proc.sysctl import sysctl
 from kvmsentry.kernel import cap, cputime, exit, userns
 from kvmsentry.kernel.exec import set_limits
 from kvmsentry.kernel.posix_timers import renew_cpu_limit
@@ -23,7 +24,6 @@ from kvmsentry.syscall.table import Int, Pid, UInt, UserPtr, syscall
 
 RLIMIT = Struct("<QQ")
 TMS = Struct("<4q")
-NR_OPEN = 1 << 20  # sysctl fs.nr_open
 PRIO_PROCESS, PRIO_PGRP, PRIO_USER = 0, 1, 2  # uapi/linux/resource.h
 IOPRIO_WHO_PROCESS, IOPRIO_WHO_PGRP, IOPRIO_WHO_USER = 1, 2, 3  # uapi/linux/ioprio.h
 IOPRIO_CLASS_NONE, IOPRIO_CLASS_RT, IOPRIO_CLASS_BE, IOPRIO_CLASS_IDLE = 0, 1, 2, 3
@@ -114,7 +114,7 @@ def getsid(task: Task, pid: Pid) -> int:
 def _check_limit(task: Task, process: Process, resource: int, soft: int, hard: int) -> None:
     if soft > hard:
         raise Errno(errno.EINVAL)
-    if resource == RLIMIT_NOFILE and hard > NR_OPEN:
+    if resource == RLIMIT_NOFILE and hard > sysctl(task.kernel).number("fs/nr_open"):
         raise Errno(errno.EPERM)
     if hard > process.rlimits[resource][1] and not task.creds.capable(cap.SYS_RESOURCE):
         raise Errno(errno.EPERM)
