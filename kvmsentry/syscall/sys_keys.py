@@ -88,11 +88,30 @@ def request_key(task: Task, type: UserPtr, description: UserPtr, callout: UserPt
     ring = keys.lookup(task, ringid, WRITE, create=True)[0] if ringid else None
     if kind not in ("user", "logon", "keyring"):
         return -errno.ENOKEY
-    key = keys.search(task, lambda key: key.kind == kind and key.description == text)
+    try:
+        key = keys.search(task, lambda key: key.kind == kind and key.description == text)
+    except Errno as error:
+        if error.errno == errno.ENOKEY and callout and ring is None:
+            _check_destination(task)  # before it is found that nobody can make one
+        raise
     if ring is not None:
         key.check(task.creds, True, LINK)
         ring.link(key)
     return key.serial
+
+
+def _check_destination(task: Task) -> None:
+    """EACCES when a key that was made for request_key(2) could not go where KEYCTL_SET_REQKEY_KEYRING says
+    (construct_get_dest_keyring). Where a keyring does not exist, the next one is meant."""
+    chosen: int = task.__dict__.get("reqkey", 0)
+    chain = (keys.THREAD, keys.PROCESS, keys.SESSION, keys.USER_SESSION)
+    for number in {4: (keys.USER_RING,), 5: chain[3:]}.get(chosen, chain[max(chosen, 1) - 1 :]):
+        try:
+            keys.lookup(task, number, WRITE)
+            return
+        except Errno as error:
+            if error.errno != errno.ENOKEY:
+                raise
 
 
 # -- keyctl

@@ -141,6 +141,15 @@ static void sessions(char *self)
 	CHECK(status_of(child) == 0);
 	CHECK(ctl(KEYCTL_SETPERM, k, 0x3f000000, 0, 0) == 0);
 	child = fork();
+	if (child == 0) { /* a made key would go to the session, which is not to be written to */
+		CHECK(ctl(KEYCTL_JOIN_SESSION_KEYRING, 0, 0, 0, 0) > 0);
+		CHECK(ctl(KEYCTL_SETPERM, KEY_SPEC_SESSION_KEYRING, 0x0b000000, 0, 0) == 0);
+		FAILS(syscall(SYS_request_key, "user", "no such key", "make it", 0), EACCES);
+		FAILS(syscall(SYS_request_key, "user", "no such key", NULL, 0), ENOKEY);
+		_exit(0);
+	}
+	CHECK(status_of(child) == 0);
+	child = fork();
 	if (child == 0) { /* another session does not possess it */
 		CHECK(ctl(KEYCTL_JOIN_SESSION_KEYRING, (long)"named", 0, 0, 0) > 0);
 		FAILS(ctl(KEYCTL_READ, k, (long)text, sizeof(text), 0), EACCES);
