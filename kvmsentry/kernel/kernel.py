@@ -94,43 +94,45 @@ class Kernel:
     def run(self) -> int:
         """Serve until init is gone and every task with it; returns init's wait status (wait(2))."""
         platform, ready, timers, calls = self.platform, self.ready, self.timers, table.calls
-        wait, reply_wait, step = platform.wait, platform.reply_wait, self.step
+        wait, step = platform.wait, self.step
         timers_ran = False  # since the last wait
-        ctx = None
         while True:
-            if ctx is None:
-                while ready:
-                    step(ready.popleft())
-                if self.deferred:
-                    work, self.deferred = self.deferred, []
-                    for call in work:
-                        call()
-                    continue
-                if self.exit_status is not None and not self.tasks:
-                    return self.exit_status
-                timeout = -1
-                deadline = timers.next_deadline() if timers.heap else None
-                if deadline is not None:
-                    timeout = deadline - self.now()
-                    if timeout <= 0:
-                        if not timers_ran:
-                            timers.run(self.now())
-                            timers_ran = True
-                            continue
+            while ready:
+                step(ready.popleft())
+            if self.deferred:
+                work, self.deferred = self.deferred, []
+                for call in work:
+                    call()
+                continue
+            if self.exit_status is not None and not self.tasks:
+                return self.exit_status
+            if timers.heap:
+                deadline = timers.next_deadline()
+                if deadline is None:
+                    timeout = -1
+                else:
+                    now = self.now()
+                    if deadline > now:
+                        timeout = deadline - now
+                    elif timers_ran:
                         timeout = 0  # guests have their turn also when some timer is always due
-                timers_ran = False
-                ctx = wait(timeout)
-                if ctx is None:
-                    continue
+                    else:
+                        timers.run(now)
+                        timers_ran = True
+                        continue
+            else:
+                timeout = -1
+            timers_ran = False
+            ctx = wait(timeout)
+            if ctx is None:
+                continue
             task: Task = ctx.owner
             if ctx.event != EV_SYSCALL:
                 self.trap(task, ctx)
-                ctx = None
                 continue
             task.in_guest = False
             if self.strace is not None or task.slow:
                 self.slow_syscall(task, ctx)
-                ctx = None
                 continue
             nr = task.orig_rax = ctx.nr
             call_row = calls[nr] if nr < 512 else None
@@ -141,16 +143,11 @@ class Kernel:
                     result = call_row(task, ctx.args)
             except Errno as error:
                 result = self.refused(task, error)
-            if result.__class__ is not int or task.work or -517 < result < -511:
-                self.finish(task, result)
-                ctx = None
-            elif ready or timers.heap or self.deferred:
+            if result.__class__ is int and not task.work and not -517 < result < -511:
                 task.in_guest = True
                 ctx.reply(result)
-                ctx = None
             else:
-                task.in_guest = True
-                ctx = reply_wait(ctx, result)
+                self.finish(task, result)
 
     def refused(self, task: Task, error: Errno) -> int:
         """A handler raised `error`: the result. An access of user memory that finds none left ends the process."""

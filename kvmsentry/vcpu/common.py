@@ -90,15 +90,6 @@ class HostSide(ABC):
 
     # The wait.
 
-    @abstractmethod
-    def wait(self, timeout_ns: int) -> Any:
-        """The next context with an event, or None."""
-
-    def reply_wait(self, ctx: Any, result: int) -> Any:
-        """ctx.reply(result), then wait(-1)."""
-        ctx.reply(result)
-        return self.wait(-1)
-
     def _other(self, n: int) -> Any:
         """What wait() does with all but system calls: the context, or None."""
         if n >= 0:

@@ -27,7 +27,6 @@ _unpack_args = struct.Struct("6Q").unpack_from
 _reply = lib.ks_reply
 _reload = lib.ks_reload
 _wait = lib.ks_wait
-_reply_wait = lib.ks_reply_wait
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 TABLE = 3  # present, writable, supervisor
@@ -274,17 +273,6 @@ class Machine(HostSide):
         timeout_ns < 0 waits for ever, 0 looks once."""
         n = _wait(self._m, timeout_ns)
         if 0 <= n <= 0xFFFF:  # EV_SYSCALL << 16 | id
-            ctx = self._contexts[n]
-            ctx.event = EV_SYSCALL
-            ctx.nr = ctx._nr[0]
-            ctx.args = _unpack_args(ctx._args)
-            return ctx
-        return self._other(n)
-
-    def reply_wait(self, ctx: Context, result: int) -> Context | None:
-        """ctx.reply(result), then wait(-1), in one step: the way of most calls, spelt out for their sake."""
-        n = _reply_wait(ctx._c, result, -1)
-        if 0 <= n <= 0xFFFF:
             ctx = self._contexts[n]
             ctx.event = EV_SYSCALL
             ctx.nr = ctx._nr[0]

@@ -112,10 +112,6 @@ class FakeKernelPlatform:
         self.contexts.add(ctx)
         return ctx
 
-    def reply_wait(self, ctx: Any, result: int) -> Any:
-        ctx.reply(result)
-        return self.wait(-1)
-
     def wait(self, timeout: int) -> Any:
         while self.queue:
             ctx, event, args = self.queue.popleft()
