@@ -61,7 +61,6 @@ int ks_where(struct ks_vcpu *v);
 
 int ks_wait(struct ks_machine *m, int64_t timeout);
 void ks_reply(struct ks_vcpu *v, int64_t result);
-int ks_reply_wait(struct ks_vcpu *v, int64_t result, int64_t timeout);
 void ks_reload(struct ks_vcpu *v);
 void ks_park(struct ks_vcpu *v);
 void ks_kick(struct ks_vcpu *v);

@@ -403,12 +403,6 @@ void ks_reply(struct ks_vcpu *v, int64_t result)
 	hand_over(v);
 }
 
-int ks_reply_wait(struct ks_vcpu *v, int64_t result, int64_t timeout)
-{
-	ks_reply(v, result);
-	return ks_wait(v->m, timeout);
-}
-
 void ks_kick(struct ks_vcpu *v)
 {
 	if (v->held)
