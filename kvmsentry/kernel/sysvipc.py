@@ -10,7 +10,7 @@ from kvmsentry.errors import Errno
 from kvmsentry.kernel.task import Credentials, Process, Task
 from kvmsentry.kernel.traps import WaitQueue, park
 from kvmsentry.kernel.userns import ROOT, UserNamespace, capable
-from kvmsentry.mm.shared import SharedMemory
+from kvmsentry.mm.shared import PAGE, SharedMemory
 
 IPC_PRIVATE, IPC_CREAT, IPC_EXCL, IPC_NOWAIT = 0, 0o1000, 0o2000, 0o4000  # uapi/linux/ipc.h
 CAP_IPC_OWNER, CAP_SYS_ADMIN = 15, 21
@@ -21,11 +21,14 @@ LIMITS = {"shmmax": (1 << 64) - 1 - (1 << 24), "shmall": (1 << 64) - 1 - (1 << 2
           "shm_rmid_forced": 0, "msgmax": 8192, "msgmnb": 16384, "msgmni": 32000}  # fmt: skip
 SEM_LIMITS = (32000, 1024000000, 500, 32000)  # SEMMSL, SEMMNS, SEMOPM, SEMMNI
 SEM_UNDO = 0x1000
-PAGE = 4096
+SHM_DEST, SHM_LOCKED = 0o1000, 0o2000  # uapi/linux/shm.h
 
 
 class IpcObject:
-    """What the three kinds share: key, owner, mode, id."""
+    """What the three kinds share: key, owner, mode (a segment's with SHM_DEST and SHM_LOCKED), id. `units` is what it
+    counts against the limit on all of its kind: semaphores, pages."""
+
+    units = 0
 
     def __init__(self, key: int, mode: int, creds: Credentials) -> None:
         self.key, self.mode = key, mode & 0o777
@@ -61,6 +64,7 @@ class IpcTable:
         self.next_id = -1
         self.objects: dict[int, Any] = {}  # by index
         self.keys: dict[int, Any] = {}
+        self.used = 0  # units of all objects
         self._seq = 0
 
     def get(self, key: int, flags: int, creds: Credentials, make: Any, check: Any, limit: int) -> int:
@@ -91,6 +95,7 @@ class IpcTable:
             raise Errno(errno.ENOSPC)  # only from a wanted one on
         made.id = (made.seq << SEQ_SHIFT | index) & 0x7FFFFFFF
         self.objects[index] = made
+        self.used += made.units
         if key != IPC_PRIVATE:
             self.keys[key] = made
         return int(made.id)
@@ -109,7 +114,16 @@ class IpcTable:
     def remove(self, victim: Any) -> None:
         """IPC_RMID: the id and the key are free again."""
         victim.removed = True
-        self.objects.pop(victim.id & (MAX_IDS - 1), None)
+        del self.objects[victim.id & (MAX_IDS - 1)]
+        self.used -= victim.units
+        self._forget(victim)
+
+    def make_private(self, victim: Any) -> None:
+        """Nobody finds it by its key any more (ipc_set_key_private)."""
+        self._forget(victim)
+        victim.key = IPC_PRIVATE
+
+    def _forget(self, victim: Any) -> None:
         key: int = victim.key
         if self.keys.get(key) is victim:
             del self.keys[key]
@@ -151,7 +165,7 @@ class SemaphoreSet(IpcObject):
 
     def __init__(self, key: int, mode: int, creds: Credentials, count: int) -> None:
         super().__init__(key, mode, creds)
-        self.values = [0] * count
+        self.values, self.units = [0] * count, count
         self.pids = [0] * count
         self.otime = 0
         self.sleepers: list[tuple[int, bool]] = []  # (semaphore, waits for zero) of each sleeping semop
@@ -211,23 +225,31 @@ class SemaphoreSet(IpcObject):
 
 
 class Segment(IpcObject):
-    """shmget(2); the memory is held by the segment itself until IPC_RMID, and by every mapping."""
+    """shmget(2); the memory is held by the segment itself and by every mapping."""
 
     def __init__(self, ipc: IpcNamespace, key: int, mode: int, task: Task, size: int) -> None:
         super().__init__(key, mode, task.creds)
-        self.size, self.ipc = size, ipc
+        self.size, self.units, self.ipc = size, size + PAGE - 1 >> 12, ipc
         self.creator: Process | None = task.process  # None once it is gone
         self.memory = ShmMemory(task.kernel.frames, size, self)
         self.memory.hold()
         self.atime = self.dtime = self.lpid = 0
         self.cpid = task.process.pid
-        ipc.shm_pages += size + PAGE - 1 >> 12
 
     def remove(self) -> None:
-        """IPC_RMID: nobody finds it any more; its memory stays as long as it is mapped."""
+        """IPC_RMID. One that is attached only loses its key: it can be used by its id until the last mapping goes
+        (do_shm_rmid)."""
+        if self.attached:
+            self.ipc.segments.make_private(self)
+            self.mode |= SHM_DEST
+            return
         self.ipc.segments.remove(self)
-        self.ipc.shm_pages -= self.size + PAGE - 1 >> 12
         self.memory.drop()
+
+    @property
+    def resident(self) -> int:
+        """Pages that exist."""
+        return len(self.memory.pages)
 
     @property
     def attached(self) -> int:
@@ -243,10 +265,13 @@ class ShmMemory(SharedMemory):
         self.segment = segment
 
     def drop(self) -> None:
-        """The last detach removes the segment where the namespace says so (shm_may_destroy)."""
+        """The last detach removes a segment that IPC_RMID has marked, and any where the namespace says so
+        (shm_may_destroy)."""
         super().drop()
         segment = self.segment
-        if self.holds == 1 and not segment.removed and segment.ipc.limits["shm_rmid_forced"]:
+        if self.holds != 1 or segment.removed:
+            return
+        if segment.mode & SHM_DEST or segment.ipc.limits["shm_rmid_forced"]:
             segment.remove()
 
 
@@ -259,7 +284,6 @@ class IpcNamespace:
         self.messages, self.semaphores, self.segments = IpcTable(user_ns), IpcTable(user_ns), IpcTable(user_ns)
         self.limits = dict(LIMITS)  # by name in /proc/sys/kernel
         self.sem = SEM_LIMITS  # semmsl, semmns, semopm, semmni
-        self.shm_pages = 0
         self.user_ns = user_ns
         self.ns_ino = 0
 
@@ -283,6 +307,12 @@ def first(kernel: Any) -> IpcNamespace:
         found = kernel.ipc = IpcNamespace()
         found.ns_ino = 0xEFFFFFFF  # PROC_IPC_INIT_INO, include/linux/proc_ns.h
     return found
+
+
+def shown_pid(task: Task, pid: int) -> int:
+    """A kept pid as `task` knows it: 0 for one that its namespace does not see."""
+    space = task.process.pid_ns
+    return space.pid_of(task.kernel.processes.get(pid)) if space.level else pid
 
 
 def _of(process: Process) -> IpcNamespace | None:

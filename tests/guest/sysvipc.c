@@ -94,11 +94,63 @@ static void memory(void)
 	CHECK(shmctl(id, IPC_RMID, NULL) == 0);
 }
 
+/* Whether /proc/sysvipc/NAME has a line for `id`, whose key is put into *key. */
+static int listed(const char *name, int id, int *key)
+{
+	char path[64], line[512];
+	int number, found = 0;
+	FILE *list;
+
+	snprintf(path, sizeof(path), "/proc/sysvipc/%s", name);
+	list = fopen(path, "r");
+	CHECK(list && fgets(line, sizeof(line), list));
+	while (!found && fgets(line, sizeof(line), list))
+		found = sscanf(line, "%d %d", key, &number) == 2 && number == id;
+	fclose(list);
+	return found;
+}
+
+/* A removed segment lives on, without its key, until the last who has it attached lets go. */
+static void removed_while_attached(void)
+{
+	int key = getpid() << 8 | 5, id = shmget(key, 5000, IPC_CREAT | 0640), shown;
+	char *first, *second;
+	pid_t child;
+
+	CHECK(id >= 0 && listed("shm", id, &shown) && shown == key);
+	first = shmat(id, NULL, 0);
+	CHECK(first != (void *)-1);
+	strcpy(first, "kept");
+	CHECK(shmctl(id, SHM_LOCK, NULL) == 0 && shmctl(id, IPC_STAT, &segment) == 0);
+	CHECK((segment.shm_perm.mode & 07777) == (SHM_LOCKED | 0640));
+	CHECK(shmctl(id, SHM_UNLOCK, NULL) == 0 && shmctl(id, IPC_RMID, NULL) == 0);
+	CHECK(shmctl(id, IPC_STAT, &segment) == 0 && segment.shm_nattch == 1);
+	CHECK((segment.shm_perm.mode & 07777) == (SHM_DEST | 0640) && segment.shm_perm.__key == IPC_PRIVATE);
+	CHECK(listed("shm", id, &shown) && shown == 0);
+	FAILS(shmget(key, 5000, 0), ENOENT);
+	second = shmat(id, NULL, SHM_RDONLY);
+	CHECK(second != (void *)-1 && strcmp(second, "kept") == 0);
+	CHECK(shmctl(id, IPC_RMID, NULL) == 0 && shmdt(first) == 0);
+	child = fork();
+	if (child == 0)
+		_exit(shmctl(id, IPC_STAT, &segment) || segment.shm_nattch != 2);
+	CHECK(status_of(child) == 0);
+	CHECK(shmctl(id, IPC_STAT, &segment) == 0 && segment.shm_nattch == 1 && shmdt(second) == 0);
+	errno = 0;
+	CHECK(shmctl(id, IPC_STAT, &segment) == -1 && (errno == EINVAL || errno == EIDRM));
+	CHECK(!listed("shm", id, &shown));
+	id = msgget(key, IPC_CREAT | 0600);
+	CHECK(id >= 0 && listed("msg", id, &shown) && shown == key && msgctl(id, IPC_RMID, NULL) == 0);
+	id = semget(key, 1, IPC_CREAT | 0600);
+	CHECK(id >= 0 && listed("sem", id, &shown) && shown == key && semctl(id, 0, IPC_RMID) == 0);
+}
+
 int main(void)
 {
 	messages();
 	semaphores();
 	memory();
+	removed_while_attached();
 	puts("System V IPC tells of itself");
 	return 0;
 }
