@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+from itertools import chain
 from typing import Any
 
 from kvmsentry.errors import Errno
@@ -15,6 +16,8 @@ from kvmsentry.mm.shared import PAGE, SharedMemory
 IPC_PRIVATE, IPC_CREAT, IPC_EXCL, IPC_NOWAIT = 0, 0o1000, 0o2000, 0o4000  # uapi/linux/ipc.h
 CAP_IPC_OWNER, CAP_SYS_ADMIN = 15, 21
 SEQ_SHIFT, MAX_IDS = 15, 1 << 15  # an id is sequence << 15 | index (ipc/util.h)
+MAX_SEQ = (1 << 31) - 1 >> SEQ_SHIFT  # ipcid_seq_max
+MIN_CYCLE = 64  # ipc_min_cycle, ipc/util.c
 SEMVMX = 32767
 # What an IPC namespace starts with, by name in /proc/sys/kernel (uapi/linux/msg.h, sem.h, shm.h).
 LIMITS = {"shmmax": (1 << 64) - 1 - (1 << 24), "shmall": (1 << 64) - 1 - (1 << 24), "shmmni": 4096,
@@ -65,7 +68,7 @@ class IpcTable:
         self.objects: dict[int, Any] = {}  # by index
         self.keys: dict[int, Any] = {}
         self.used = 0  # units of all objects
-        self._seq = 0
+        self._seq, self._last = 0, -1  # of the newest object whose id nobody chose
 
     def get(self, key: int, flags: int, creds: Credentials, make: Any, check: Any, limit: int) -> int:
         """msgget(2), semget(2), shmget(2): the id for `key`. ENOSPC for more than `limit` objects."""
@@ -84,21 +87,30 @@ class IpcTable:
         made.user_ns = self.user_ns
         wanted, self.next_id = self.next_id, -1
         if wanted < 0:
-            index = 0
-            made.seq = self._seq & 0xFFFF
-            self._seq += 1
+            index = self._free_index()
+            if index <= self._last:
+                self._seq = (self._seq + 1) % MAX_SEQ
+            self._last, made.seq = index, self._seq
         else:
             index, made.seq = wanted & (MAX_IDS - 1), wanted >> SEQ_SHIFT
-        while index in self.objects:
-            index += 1
-        if index >= MAX_IDS:
-            raise Errno(errno.ENOSPC)  # only from a wanted one on
-        made.id = (made.seq << SEQ_SHIFT | index) & 0x7FFFFFFF
+            while index in self.objects:
+                index += 1
+            if index >= MAX_IDS:
+                raise Errno(errno.ENOSPC)
+        made.id = made.seq << SEQ_SHIFT | index
         self.objects[index] = made
         self.used += made.units
         if key != IPC_PRIVATE:
             self.keys[key] = made
         return int(made.id)
+
+    def _free_index(self) -> int:
+        """The next free one round the circle, so that an id does not come again soon (ipc_idr_alloc)."""
+        end = min(max(len(self.objects) * 3 // 2, MIN_CYCLE), MAX_IDS)
+        for index in chain(range(self._last + 1, end), range(end)):
+            if index not in self.objects:
+                return index
+        raise Errno(errno.ENOSPC)
 
     def find(self, number: int) -> Any:
         """The object with that id; EINVAL for ids that never were, EIDRM for those that are gone."""
