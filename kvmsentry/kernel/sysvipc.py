@@ -247,6 +247,7 @@ class Segment(IpcObject):
         self.memory.hold()
         self.atime = self.dtime = self.lpid = 0
         self.cpid = task.process.pid
+        self.locker = 0  # the user whom SHM_LOCKED counts against
 
     def remove(self) -> None:
         """IPC_RMID. One that is attached only loses its key: it can be used by its id until the last mapping goes

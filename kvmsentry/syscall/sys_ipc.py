@@ -433,10 +433,19 @@ def shmctl(task: Task, shmid: Int, cmd: Int, buf: UserPtr) -> int:
 
 
 def _lock(task: Task, segment: Segment, cmd: int) -> None:
-    """SHM_LOCK, SHM_UNLOCK (shmctl_do_lock). Nothing is ever swapped, so the mark is all there is to it."""
-    if not capable(task.creds, segment.user_ns, CAP_IPC_LOCK):
-        if task.creds.euid not in (segment.uid, segment.cuid):
+    """SHM_LOCK, SHM_UNLOCK (shmctl_do_lock, user_shm_lock). Nothing is ever swapped: they mark and count."""
+    creds, limit = task.creds, task.rlimit(RLIMIT_MEMLOCK)
+    if not capable(creds, segment.user_ns, CAP_IPC_LOCK):
+        if creds.euid not in (segment.uid, segment.cuid):
             raise Errno(errno.EPERM)
-        if cmd == SHM_LOCK and not task.rlimit(RLIMIT_MEMLOCK):
+        if cmd == SHM_LOCK and not limit:
             raise Errno(errno.EPERM)
-    segment.mode = segment.mode & ~SHM_LOCKED | (SHM_LOCKED if cmd == SHM_LOCK else 0)
+    if cmd == SHM_UNLOCK:
+        segment.mode &= ~SHM_LOCKED
+    elif not segment.mode & SHM_LOCKED:
+        others = segment.ipc.segments.objects.values()
+        locked = sum(s.units for s in others if s.mode & SHM_LOCKED and s.locker == creds.uid)
+        if locked + segment.units > limit >> 12 and not creds.capable(CAP_IPC_LOCK):
+            raise Errno(errno.ENOMEM)
+        segment.mode |= SHM_LOCKED
+        segment.locker = creds.uid

@@ -1,7 +1,9 @@
 /* System V IPC's commands for those who look at all of it: INFO, STAT by index, MSG_COPY. */
 #include "proc_check.h"
 #include <sys/ipc.h>
+#include <sys/mman.h>
 #include <sys/msg.h>
+#include <sys/resource.h>
 #include <sys/sem.h>
 #include <sys/shm.h>
 
@@ -145,12 +147,69 @@ static void removed_while_attached(void)
 	CHECK(id >= 0 && listed("sem", id, &shown) && shown == key && semctl(id, 0, IPC_RMID) == 0);
 }
 
+/* The end of the process that has it attached, too, is the end of a removed segment. */
+static void ends_with_process(void)
+{
+	int fds[2], id;
+	pid_t child;
+
+	CHECK(pipe(fds) == 0);
+	child = fork();
+	if (child == 0) {
+		id = shmget(IPC_PRIVATE, 12288, 0600);
+		char *at = shmat(id, NULL, 0);
+		if (at == (void *)-1 || shmctl(id, SHM_LOCK, NULL) || shmctl(id, IPC_RMID, NULL) || munmap(at + 4096, 4096))
+			_exit(1);
+		if (shmctl(id, IPC_STAT, &segment) || segment.shm_nattch != 2)
+			_exit(2);
+		segment.shm_perm.mode = 0604; /* the marks stay */
+		if (shmctl(id, IPC_SET, &segment) || shmctl(id, IPC_STAT, &segment))
+			_exit(3);
+		if ((segment.shm_perm.mode & 07777) != (SHM_DEST | SHM_LOCKED | 0604))
+			_exit(4);
+		_exit(write(fds[1], &id, sizeof(id)) != sizeof(id));
+	}
+	CHECK(status_of(child) == 0 && read(fds[0], &id, sizeof(id)) == sizeof(id));
+	errno = 0;
+	CHECK(shmctl(id, IPC_STAT, &segment) == -1 && (errno == EINVAL || errno == EIDRM));
+	close(fds[0]), close(fds[1]);
+}
+
+/* RLIMIT_MEMLOCK counts the locked segments of an unprivileged user. */
+static void locked(void)
+{
+	struct rlimit limit = { 16384, 16384 };
+	pid_t child = fork();
+
+	if (child == 0) {
+		CHECK(setrlimit(RLIMIT_MEMLOCK, &limit) == 0);
+		if (geteuid() == 0)
+			CHECK(setresuid(12345, 12345, 12345) == 0);
+		int three = shmget(IPC_PRIVATE, 12288, 0600), two = shmget(IPC_PRIVATE, 8192, 0600);
+		int five = shmget(IPC_PRIVATE, 20000, 0600);
+		CHECK(three >= 0 && two >= 0 && five >= 0);
+		FAILS(shmctl(five, SHM_LOCK, NULL), ENOMEM);
+		CHECK(shmctl(three, SHM_LOCK, NULL) == 0 && shmctl(three, SHM_LOCK, NULL) == 0);
+		FAILS(shmctl(two, SHM_LOCK, NULL), ENOMEM);
+		CHECK(shmctl(three, SHM_UNLOCK, NULL) == 0 && shmctl(two, SHM_LOCK, NULL) == 0);
+		CHECK(shmctl(two, IPC_RMID, NULL) == 0 && shmctl(three, SHM_LOCK, NULL) == 0);
+		limit.rlim_cur = 0;
+		CHECK(setrlimit(RLIMIT_MEMLOCK, &limit) == 0);
+		FAILS(shmctl(five, SHM_LOCK, NULL), EPERM);
+		CHECK(shmctl(three, IPC_RMID, NULL) == 0 && shmctl(five, IPC_RMID, NULL) == 0);
+		_exit(0);
+	}
+	CHECK(status_of(child) == 0);
+}
+
 int main(void)
 {
 	messages();
 	semaphores();
 	memory();
 	removed_while_attached();
+	ends_with_process();
+	locked();
 	puts("System V IPC tells of itself");
 	return 0;
 }
