@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import errno
 import time
+from itertools import chain
 from typing import Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.kernel.task import Credentials, Process, Task
 from kvmsentry.kernel.traps import WaitQueue, park
 from kvmsentry.kernel.userns import ROOT, UserNamespace, capable
-from kvmsentry.mm.shared import SharedMemory
+from kvmsentry.mm.shared import PAGE, SharedMemory
 
 IPC_PRIVATE, IPC_CREAT, IPC_EXCL, IPC_NOWAIT = 0, 0o1000, 0o2000, 0o4000  # uapi/linux/ipc.h
 CAP_IPC_OWNER, CAP_SYS_ADMIN = 15, 21
 SEQ_SHIFT, MAX_IDS = 15, 1 << 15  # an id is sequence << 15 | index (ipc/util.h)
+MAX_SEQ = (1 << 31) - 1 >> SEQ_SHIFT  # ipcid_seq_max
+MIN_CYCLE = 64  # ipc_min_cycle, ipc/util.c
 SEMVMX = 32767
 # What an IPC namespace starts with, by name in /proc/sys/kernel (uapi/linux/msg.h, sem.h, shm.h).
 LIMITS = {"shmmax": (1 << 64) - 1 - (1 << 24), "shmall": (1 << 64) - 1 - (1 << 24), "shmmni": 4096,
           "shm_rmid_forced": 0, "msgmax": 8192, "msgmnb": 16384, "msgmni": 32000}  # fmt: skip
 SEM_LIMITS = (32000, 1024000000, 500, 32000)  # SEMMSL, SEMMNS, SEMOPM, SEMMNI
 SEM_UNDO = 0x1000
-PAGE = 4096
+SHM_DEST, SHM_LOCKED = 0o1000, 0o2000  # uapi/linux/shm.h
 
 
 class IpcObject:
-    """What the three kinds share: key, owner, mode, id."""
+    """What the three kinds share: key, owner, mode (a segment's with SHM_DEST and SHM_LOCKED), id. `units` is what it
+    counts against the limit on all of its kind: semaphores, pages."""
+
+    units = 0
 
     def __init__(self, key: int, mode: int, creds: Credentials) -> None:
         self.key, self.mode = key, mode & 0o777
@@ -61,7 +67,8 @@ class IpcTable:
         self.next_id = -1
         self.objects: dict[int, Any] = {}  # by index
         self.keys: dict[int, Any] = {}
-        self._seq = 0
+        self.used = 0  # units of all objects
+        self._seq, self._last = 0, -1  # of the newest object whose id nobody chose
 
     def get(self, key: int, flags: int, creds: Credentials, make: Any, check: Any, limit: int) -> int:
         """msgget(2), semget(2), shmget(2): the id for `key`. ENOSPC for more than `limit` objects."""
@@ -80,20 +87,30 @@ class IpcTable:
         made.user_ns = self.user_ns
         wanted, self.next_id = self.next_id, -1
         if wanted < 0:
-            index = 0
-            made.seq = self._seq & 0xFFFF
-            self._seq += 1
+            index = self._free_index()
+            if index <= self._last:
+                self._seq = (self._seq + 1) % MAX_SEQ
+            self._last, made.seq = index, self._seq
         else:
             index, made.seq = wanted & (MAX_IDS - 1), wanted >> SEQ_SHIFT
-        while index in self.objects:
-            index += 1
-        if index >= MAX_IDS:
-            raise Errno(errno.ENOSPC)  # only from a wanted one on
-        made.id = (made.seq << SEQ_SHIFT | index) & 0x7FFFFFFF
+            while index in self.objects:
+                index += 1
+            if index >= MAX_IDS:
+                raise Errno(errno.ENOSPC)
+        made.id = made.seq << SEQ_SHIFT | index
         self.objects[index] = made
+        self.used += made.units
         if key != IPC_PRIVATE:
             self.keys[key] = made
         return int(made.id)
+
+    def _free_index(self) -> int:
+        """The next free one round the circle, so that an id does not come again soon (ipc_idr_alloc)."""
+        end = min(max(len(self.objects) * 3 // 2, MIN_CYCLE), MAX_IDS)
+        for index in chain(range(self._last + 1, end), range(end)):
+            if index not in self.objects:
+                return index
+        raise Errno(errno.ENOSPC)
 
     def find(self, number: int) -> Any:
         """The object with that id; EINVAL for ids that never were, EIDRM for those that are gone."""
@@ -109,7 +126,16 @@ class IpcTable:
     def remove(self, victim: Any) -> None:
         """IPC_RMID: the id and the key are free again."""
         victim.removed = True
-        self.objects.pop(victim.id & (MAX_IDS - 1), None)
+        del self.objects[victim.id & (MAX_IDS - 1)]
+        self.used -= victim.units
+        self._forget(victim)
+
+    def make_private(self, victim: Any) -> None:
+        """Nobody finds it by its key any more (ipc_set_key_private)."""
+        self._forget(victim)
+        victim.key = IPC_PRIVATE
+
+    def _forget(self, victim: Any) -> None:
         key: int = victim.key
         if self.keys.get(key) is victim:
             del self.keys[key]
@@ -151,7 +177,7 @@ class SemaphoreSet(IpcObject):
 
     def __init__(self, key: int, mode: int, creds: Credentials, count: int) -> None:
         super().__init__(key, mode, creds)
-        self.values = [0] * count
+        self.values, self.units = [0] * count, count
         self.pids = [0] * count
         self.otime = 0
         self.sleepers: list[tuple[int, bool]] = []  # (semaphore, waits for zero) of each sleeping semop
@@ -211,23 +237,32 @@ class SemaphoreSet(IpcObject):
 
 
 class Segment(IpcObject):
-    """shmget(2); the memory is held by the segment itself until IPC_RMID, and by every mapping."""
+    """shmget(2); the memory is held by the segment itself and by every mapping."""
 
     def __init__(self, ipc: IpcNamespace, key: int, mode: int, task: Task, size: int) -> None:
         super().__init__(key, mode, task.creds)
-        self.size, self.ipc = size, ipc
+        self.size, self.units, self.ipc = size, size + PAGE - 1 >> 12, ipc
         self.creator: Process | None = task.process  # None once it is gone
         self.memory = ShmMemory(task.kernel.frames, size, self)
         self.memory.hold()
         self.atime = self.dtime = self.lpid = 0
         self.cpid = task.process.pid
-        ipc.shm_pages += size + PAGE - 1 >> 12
+        self.locker = 0  # the user whom SHM_LOCKED counts against
 
     def remove(self) -> None:
-        """IPC_RMID: nobody finds it any more; its memory stays as long as it is mapped."""
+        """IPC_RMID. One that is attached only loses its key: it can be used by its id until the last mapping goes
+        (do_shm_rmid)."""
+        if self.attached:
+            self.ipc.segments.make_private(self)
+            self.mode |= SHM_DEST
+            return
         self.ipc.segments.remove(self)
-        self.ipc.shm_pages -= self.size + PAGE - 1 >> 12
         self.memory.drop()
+
+    @property
+    def resident(self) -> int:
+        """Pages that exist."""
+        return len(self.memory.pages)
 
     @property
     def attached(self) -> int:
@@ -243,10 +278,13 @@ class ShmMemory(SharedMemory):
         self.segment = segment
 
     def drop(self) -> None:
-        """The last detach removes the segment where the namespace says so (shm_may_destroy)."""
+        """The last detach removes a segment that IPC_RMID has marked, and any where the namespace says so
+        (shm_may_destroy)."""
         super().drop()
         segment = self.segment
-        if self.holds == 1 and not segment.removed and segment.ipc.limits["shm_rmid_forced"]:
+        if self.holds != 1 or segment.removed:
+            return
+        if segment.mode & SHM_DEST or segment.ipc.limits["shm_rmid_forced"]:
             segment.remove()
 
 
@@ -259,7 +297,6 @@ class IpcNamespace:
         self.messages, self.semaphores, self.segments = IpcTable(user_ns), IpcTable(user_ns), IpcTable(user_ns)
         self.limits = dict(LIMITS)  # by name in /proc/sys/kernel
         self.sem = SEM_LIMITS  # semmsl, semmns, semopm, semmni
-        self.shm_pages = 0
         self.user_ns = user_ns
         self.ns_ino = 0
 
@@ -283,6 +320,12 @@ def first(kernel: Any) -> IpcNamespace:
         found = kernel.ipc = IpcNamespace()
         found.ns_ino = 0xEFFFFFFF  # PROC_IPC_INIT_INO, include/linux/proc_ns.h
     return found
+
+
+def shown_pid(task: Task, pid: int) -> int:
+    """A kept pid as `task` knows it: 0 for one that its namespace does not see."""
+    space = task.process.pid_ns
+    return space.pid_of(task.kernel.processes.get(pid)) if space.level else pid
 
 
 def _of(process: Process) -> IpcNamespace | None:

@@ -11,6 +11,7 @@ from kvmsentry.errors import Errno
 from kvmsentry.kernel.sysvipc import (
     IPC_NOWAIT,
     SEMVMX,
+    SHM_LOCKED,
     IpcObject,
     IpcTable,
     Message,
@@ -19,10 +20,11 @@ from kvmsentry.kernel.sysvipc import (
     SemaphoreSet,
     ShmMemory,
     namespace,
+    shown_pid,
 )
-from kvmsentry.kernel.task import Task
+from kvmsentry.kernel.task import RLIMIT_MEMLOCK, Task
 from kvmsentry.kernel.traps import park
-from kvmsentry.kernel.userns import kgid, kuid, shown_gid, shown_uid
+from kvmsentry.kernel.userns import capable, kgid, kuid, shown_gid, shown_uid
 from kvmsentry.syscall.abi_time import read_timespec
 from kvmsentry.syscall.table import Int, Long, Size, UInt, ULong, UserPtr, syscall
 
@@ -47,16 +49,11 @@ def _perm(task: Task, thing: IpcObject) -> bytes:
     return IPC_PERM.pack(thing.key, *owner, thing.mode, thing.seq, 0, 0)
 
 
-def _pid(task: Task, pid: int) -> int:
-    """A kept pid as the caller knows it: 0 for one that its namespace does not see."""
-    space = task.process.pid_ns
-    return space.pid_of(task.kernel.processes.get(pid)) if space.level else pid
-
-
 def _set(task: Task, thing: IpcObject, raw: bytes) -> None:
     thing.own(task.creds)
     _, uid, gid, _, _, mode, *_ = IPC_PERM.unpack_from(raw)
-    thing.uid, thing.gid, thing.mode = kuid(task.creds, uid), kgid(task.creds, gid), mode & 0o777
+    thing.uid, thing.gid = kuid(task.creds, uid), kgid(task.creds, gid)
+    thing.mode = thing.mode & ~0o777 | mode & 0o777
     thing.ctime = int(time.time())
 
 
@@ -182,8 +179,8 @@ def msgctl(task: Task, msqid: Int, cmd: Int, buf: UserPtr) -> int:
                 queue.bytes,
                 len(queue.messages),
                 queue.max_bytes,
-                _pid(task, queue.lspid),
-                _pid(task, queue.lrpid),
+                shown_pid(task, queue.lspid),
+                shown_pid(task, queue.lrpid),
             ),
         )
         return 0 if cmd == IPC_STAT else queue.id
@@ -214,7 +211,7 @@ def semget(task: Task, key: Int, nsems: Int, semflg: Int) -> int:
     def make() -> SemaphoreSet:
         if nsems == 0:
             raise Errno(errno.EINVAL)
-        if sum(len(s.values) for s in ipc.semaphores.objects.values()) + nsems > semmns:
+        if ipc.semaphores.used + nsems > semmns:
             raise Errno(errno.ENOSPC)
         return SemaphoreSet(key, semflg, task.creds, nsems)
 
@@ -267,7 +264,7 @@ def semctl(task: Task, semid: Int, semnum: Int, cmd: Int, arg: ULong) -> int:
     if cmd in (IPC_INFO, SEM_INFO):
         sets, used = 20, SEMVMX  # SEMUSZ, SEMAEM of uapi/linux/sem.h
         if cmd == SEM_INFO:
-            sets, used = len(table.objects), sum(len(s.values) for s in table.objects.values())
+            sets, used = len(table.objects), table.used
         semmsl, semmns, semopm, semmni = ipc.sem
         limits = SEMMNS, semmni, semmns, SEMMNS, semmsl, semopm, SEMOPM, sets, SEMVMX, used
         task.mm.write(arg, SEMINFO.pack(*limits))
@@ -315,13 +312,14 @@ def semctl(task: Task, semid: Int, semnum: Int, cmd: Int, arg: ULong) -> int:
     if cmd == GETVAL:
         return semaphores.values[semnum]
     if cmd == GETPID:
-        return _pid(task, semaphores.pids[semnum])
+        return shown_pid(task, semaphores.pids[semnum])
     return semaphores.sleepers.count((semnum, cmd == GETZCNT))
 
 
 # -- shared memory ---------------------------------------------------------------------------------
 SHM_RDONLY, SHM_RND, SHM_REMAP, SHM_EXEC, SHM_HUGETLB = 0o10000, 0o20000, 0o40000, 0o100000, 0o4000
-SHM_LOCK, SHM_UNLOCK, SHM_DEST, SHM_LOCKED = 11, 12, 0o1000, 0o2000
+SHM_LOCK, SHM_UNLOCK = 11, 12
+CAP_IPC_LOCK = 14
 SHM_STAT, SHM_INFO, SHM_STAT_ANY = 13, 14, 15
 MOST = 1 << 46  # bytes of a segment, whatever shmmax says
 PAGE = 4096
@@ -335,7 +333,7 @@ def shmget(task: Task, key: Int, size: Size, shmflg: Int) -> int:
     def make() -> Segment:
         if not 1 <= size <= limits["shmmax"]:
             raise Errno(errno.EINVAL)
-        if size + PAGE > 1 << 64 or ipc.shm_pages + (size + PAGE - 1 >> 12) > limits["shmall"]:
+        if size + PAGE > 1 << 64 or ipc.segments.used + (size + PAGE - 1 >> 12) > limits["shmall"]:
             raise Errno(errno.ENOSPC)
         if shmflg & SHM_HUGETLB or size > MOST:
             raise Errno(errno.ENOMEM)
@@ -401,8 +399,8 @@ def shmctl(task: Task, shmid: Int, cmd: Int, buf: UserPtr) -> int:
         task.mm.write(buf, SHMINFO.pack(limits["shmmax"], 1, limits["shmmni"], limits["shmmni"], limits["shmall"]))
         return _highest(table)
     if cmd == SHM_INFO:
-        present = sum(len(s.memory.pages) for s in table.objects.values())
-        task.mm.write(buf, SHM_INFO_S.pack(len(table.objects), ipc.shm_pages, present, 0, 0, 0))
+        present = sum(s.resident for s in table.objects.values())
+        task.mm.write(buf, SHM_INFO_S.pack(len(table.objects), table.used, present, 0, 0, 0))
         return _highest(table)
     if cmd not in (IPC_RMID, IPC_SET, IPC_STAT, SHM_LOCK, SHM_UNLOCK, SHM_STAT, SHM_STAT_ANY):
         return -errno.EINVAL
@@ -418,8 +416,8 @@ def shmctl(task: Task, shmid: Int, cmd: Int, buf: UserPtr) -> int:
                 segment.atime,
                 segment.dtime,
                 segment.ctime,
-                _pid(task, segment.cpid),
-                _pid(task, segment.lpid),
+                shown_pid(task, segment.cpid),
+                shown_pid(task, segment.lpid),
                 segment.attached,
             ),
         )
@@ -430,5 +428,24 @@ def shmctl(task: Task, shmid: Int, cmd: Int, buf: UserPtr) -> int:
         segment.own(task.creds)
         segment.remove()
     else:
-        segment.own(task.creds)
+        _lock(task, segment, cmd)
     return 0
+
+
+def _lock(task: Task, segment: Segment, cmd: int) -> None:
+    """SHM_LOCK, SHM_UNLOCK (shmctl_do_lock, user_shm_lock). Nothing is ever swapped: they mark and count."""
+    creds, limit = task.creds, task.rlimit(RLIMIT_MEMLOCK)
+    if not capable(creds, segment.user_ns, CAP_IPC_LOCK):
+        if creds.euid not in (segment.uid, segment.cuid):
+            raise Errno(errno.EPERM)
+        if cmd == SHM_LOCK and not limit:
+            raise Errno(errno.EPERM)
+    if cmd == SHM_UNLOCK:
+        segment.mode &= ~SHM_LOCKED
+    elif not segment.mode & SHM_LOCKED:
+        others = segment.ipc.segments.objects.values()
+        locked = sum(s.units for s in others if s.mode & SHM_LOCKED and s.locker == creds.uid)
+        if locked + segment.units > limit >> 12 and not creds.capable(CAP_IPC_LOCK):
+            raise Errno(errno.ENOMEM)
+        segment.mode |= SHM_LOCKED
+        segment.locker = creds.uid

@@ -1,7 +1,9 @@
 /* System V IPC's commands for those who look at all of it: INFO, STAT by index, MSG_COPY. */
 #include "proc_check.h"
 #include <sys/ipc.h>
+#include <sys/mman.h>
 #include <sys/msg.h>
+#include <sys/resource.h>
 #include <sys/sem.h>
 #include <sys/shm.h>
 
@@ -94,11 +96,120 @@ static void memory(void)
 	CHECK(shmctl(id, IPC_RMID, NULL) == 0);
 }
 
+/* Whether /proc/sysvipc/NAME has a line for `id`, whose key is put into *key. */
+static int listed(const char *name, int id, int *key)
+{
+	char path[64], line[512];
+	int number, found = 0;
+	FILE *list;
+
+	snprintf(path, sizeof(path), "/proc/sysvipc/%s", name);
+	list = fopen(path, "r");
+	CHECK(list && fgets(line, sizeof(line), list));
+	while (!found && fgets(line, sizeof(line), list))
+		found = sscanf(line, "%d %d", key, &number) == 2 && number == id;
+	fclose(list);
+	return found;
+}
+
+/* A removed segment lives on, without its key, until the last who has it attached lets go. */
+static void removed_while_attached(void)
+{
+	int key = getpid() << 8 | 5, id = shmget(key, 5000, IPC_CREAT | 0640), shown;
+	char *first, *second;
+	pid_t child;
+
+	CHECK(id >= 0 && listed("shm", id, &shown) && shown == key);
+	first = shmat(id, NULL, 0);
+	CHECK(first != (void *)-1);
+	strcpy(first, "kept");
+	CHECK(shmctl(id, SHM_LOCK, NULL) == 0 && shmctl(id, IPC_STAT, &segment) == 0);
+	CHECK((segment.shm_perm.mode & 07777) == (SHM_LOCKED | 0640));
+	CHECK(shmctl(id, SHM_UNLOCK, NULL) == 0 && shmctl(id, IPC_RMID, NULL) == 0);
+	CHECK(shmctl(id, IPC_STAT, &segment) == 0 && segment.shm_nattch == 1);
+	CHECK((segment.shm_perm.mode & 07777) == (SHM_DEST | 0640) && segment.shm_perm.__key == IPC_PRIVATE);
+	CHECK(listed("shm", id, &shown) && shown == 0);
+	FAILS(shmget(key, 5000, 0), ENOENT);
+	second = shmat(id, NULL, SHM_RDONLY);
+	CHECK(second != (void *)-1 && strcmp(second, "kept") == 0);
+	CHECK(shmctl(id, IPC_RMID, NULL) == 0 && shmdt(first) == 0);
+	child = fork();
+	if (child == 0)
+		_exit(shmctl(id, IPC_STAT, &segment) || segment.shm_nattch != 2);
+	CHECK(status_of(child) == 0);
+	CHECK(shmctl(id, IPC_STAT, &segment) == 0 && segment.shm_nattch == 1 && shmdt(second) == 0);
+	errno = 0;
+	CHECK(shmctl(id, IPC_STAT, &segment) == -1 && (errno == EINVAL || errno == EIDRM));
+	CHECK(!listed("shm", id, &shown));
+	id = msgget(key, IPC_CREAT | 0600);
+	CHECK(id >= 0 && listed("msg", id, &shown) && shown == key && msgctl(id, IPC_RMID, NULL) == 0);
+	id = semget(key, 1, IPC_CREAT | 0600);
+	CHECK(id >= 0 && listed("sem", id, &shown) && shown == key && semctl(id, 0, IPC_RMID) == 0);
+}
+
+/* The end of the process that has it attached, too, is the end of a removed segment. */
+static void ends_with_process(void)
+{
+	int fds[2], id;
+	pid_t child;
+
+	CHECK(pipe(fds) == 0);
+	child = fork();
+	if (child == 0) {
+		id = shmget(IPC_PRIVATE, 12288, 0600);
+		char *at = shmat(id, NULL, 0);
+		if (at == (void *)-1 || shmctl(id, SHM_LOCK, NULL) || shmctl(id, IPC_RMID, NULL) || munmap(at + 4096, 4096))
+			_exit(1);
+		if (shmctl(id, IPC_STAT, &segment) || segment.shm_nattch != 2)
+			_exit(2);
+		segment.shm_perm.mode = 0604; /* the marks stay */
+		if (shmctl(id, IPC_SET, &segment) || shmctl(id, IPC_STAT, &segment))
+			_exit(3);
+		if ((segment.shm_perm.mode & 07777) != (SHM_DEST | SHM_LOCKED | 0604))
+			_exit(4);
+		_exit(write(fds[1], &id, sizeof(id)) != sizeof(id));
+	}
+	CHECK(status_of(child) == 0 && read(fds[0], &id, sizeof(id)) == sizeof(id));
+	errno = 0;
+	CHECK(shmctl(id, IPC_STAT, &segment) == -1 && (errno == EINVAL || errno == EIDRM));
+	close(fds[0]), close(fds[1]);
+}
+
+/* RLIMIT_MEMLOCK counts the locked segments of an unprivileged user. */
+static void locked(void)
+{
+	struct rlimit limit = { 16384, 16384 };
+	pid_t child = fork();
+
+	if (child == 0) {
+		CHECK(setrlimit(RLIMIT_MEMLOCK, &limit) == 0);
+		if (geteuid() == 0)
+			CHECK(setresuid(12345, 12345, 12345) == 0);
+		int three = shmget(IPC_PRIVATE, 12288, 0600), two = shmget(IPC_PRIVATE, 8192, 0600);
+		int five = shmget(IPC_PRIVATE, 20000, 0600);
+		CHECK(three >= 0 && two >= 0 && five >= 0);
+		FAILS(shmctl(five, SHM_LOCK, NULL), ENOMEM);
+		CHECK(shmctl(three, SHM_LOCK, NULL) == 0 && shmctl(three, SHM_LOCK, NULL) == 0);
+		FAILS(shmctl(two, SHM_LOCK, NULL), ENOMEM);
+		CHECK(shmctl(three, SHM_UNLOCK, NULL) == 0 && shmctl(two, SHM_LOCK, NULL) == 0);
+		CHECK(shmctl(two, IPC_RMID, NULL) == 0 && shmctl(three, SHM_LOCK, NULL) == 0);
+		limit.rlim_cur = 0;
+		CHECK(setrlimit(RLIMIT_MEMLOCK, &limit) == 0);
+		FAILS(shmctl(five, SHM_LOCK, NULL), EPERM);
+		CHECK(shmctl(three, IPC_RMID, NULL) == 0 && shmctl(five, IPC_RMID, NULL) == 0);
+		_exit(0);
+	}
+	CHECK(status_of(child) == 0);
+}
+
 int main(void)
 {
 	messages();
 	semaphores();
 	memory();
+	removed_while_attached();
+	ends_with_process();
+	locked();
 	puts("System V IPC tells of itself");
 	return 0;
 }

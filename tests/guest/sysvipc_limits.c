@@ -79,7 +79,33 @@ static void messages(void)
 	other = msgget(IPC_PRIVATE, 0600);
 	printf("beside: %d\n", other);
 	CHECK(!msgctl(queue, IPC_RMID, NULL) && !msgctl(other, IPC_RMID, NULL));
+	int next = msgget(IPC_PRIVATE, 0600);
+	CHECK(next >= 0 && next != queue && next != other && !msgctl(next, IPC_RMID, NULL));
 	puts("messages");
+}
+
+/* Ids go round: one that is gone does not come again soon. */
+static void round_ids(void)
+{
+	int kept[100];
+
+	CHECK(!set("msgmni", "200"));
+	for (int i = 0; i < 150; i++) {
+		int queue = msgget(IPC_PRIVATE, 0600);
+		printf("%d ", queue);
+		CHECK(queue >= 0 && !msgctl(queue, IPC_RMID, NULL));
+	}
+	for (int i = 0; i < 100; i++) {
+		printf("%d ", kept[i] = msgget(IPC_PRIVATE, 0600));
+		CHECK(kept[i] >= 0);
+	}
+	for (int i = 0; i < 100; i += 2)
+		CHECK(!msgctl(kept[i], IPC_RMID, NULL));
+	for (int i = 0; i < 100; i += 2)
+		printf("%d ", kept[i] = msgget(IPC_PRIVATE, 0600));
+	for (int i = 0; i < 100; i++)
+		CHECK(!msgctl(kept[i], IPC_RMID, NULL));
+	puts("round");
 }
 
 static void semaphores(void)
@@ -160,7 +186,7 @@ int main(void)
 	show_all();
 	get("sysvipc/msg", text, sizeof text), fputs(text, stdout);
 	get("sysvipc/sem", text, sizeof text), fputs(text, stdout);
-	messages(), semaphores(), segments();
+	messages(), round_ids(), semaphores(), segments();
 	pid_t pid = fork();
 	if (!pid) { /* another namespace has what every one begins with */
 		CHECK(!unshare(CLONE_NEWIPC));

@@ -10,7 +10,7 @@ from kvmsentry.errors import Errno
 from kvmsentry.fs.proc.nodes import TextInode, text
 from kvmsentry.fs.vfs import File, Path, SuperBlock
 from kvmsentry.kernel import cap
-from kvmsentry.kernel.sysvipc import IpcObject, IpcTable, namespace
+from kvmsentry.kernel.sysvipc import IpcObject, IpcTable, namespace, shown_pid
 from kvmsentry.kernel.userns import capable, shown_gid, shown_uid
 
 if TYPE_CHECKING:
@@ -40,11 +40,6 @@ def _owners(task: Task, thing: IpcObject) -> str:
     return "{:5} {:5} {:5} {:5}".format(*ids)
 
 
-def _pid(task: Task, pid: int) -> int:
-    space = task.process.pid_ns
-    return space.pid_of(task.kernel.processes.get(pid)) if space.level else pid
-
-
 def _sorted(table: IpcTable) -> list[Any]:
     return [table.objects[index] for index in sorted(table.objects)]
 
@@ -52,8 +47,8 @@ def _sorted(table: IpcTable) -> list[Any]:
 def msg(task: Task) -> str:
     """/proc/sysvipc/msg."""
     return MSG + "".join(
-        f"{q.key:10} {q.id:10}  {q.mode:4o}  {q.bytes:10} {len(q.messages):10} {_pid(task, q.lspid):5} "
-        f"{_pid(task, q.lrpid):5} {_owners(task, q)} {q.stime:10} {q.rtime:10} {q.ctime:10}\n"
+        f"{q.key:10} {q.id:10}  {q.mode:4o}  {q.bytes:10} {len(q.messages):10} {shown_pid(task, q.lspid):5} "
+        f"{shown_pid(task, q.lrpid):5} {_owners(task, q)} {q.stime:10} {q.rtime:10} {q.ctime:10}\n"
         for q in _sorted(namespace(task).messages)
     )
 
@@ -69,8 +64,8 @@ def sem(task: Task) -> str:
 def shm(task: Task) -> str:
     """/proc/sysvipc/shm."""
     return SHM + "".join(
-        f"{s.key:10} {s.id:10}  {s.mode:4o} {s.size:21} {_pid(task, s.cpid):5} {_pid(task, s.lpid):5}  {s.attached:5} "
-        f"{_owners(task, s)} {s.atime:10} {s.dtime:10} {s.ctime:10} {len(s.memory.pages) * PAGE:21} {0:21}\n"
+        f"{s.key:10} {s.id:10}  {s.mode:4o} {s.size:21} {shown_pid(task, s.cpid):5} {shown_pid(task, s.lpid):5}  "
+        f"{s.attached:5} {_owners(task, s)} {s.atime:10} {s.dtime:10} {s.ctime:10} {s.resident * PAGE:21} {0:21}\n"
         for s in _sorted(namespace(task).segments)
     )
 
