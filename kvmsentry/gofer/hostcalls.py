@@ -1,4 +1,4 @@
-"""Host system calls that Python 3.11's os module lacks, through ctypes.
+"""Host system calls that Python 3.11's os module lacks.
 
 All raise OSError with the host's errno. Numbers are x86-64's (arch/x86/entry/syscalls/syscall_64.tbl), structures and
 flags from include/uapi/linux.
@@ -6,20 +6,20 @@ flags from include/uapi/linux.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import struct
+from typing import Any
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_syscall = _libc.syscall
-_syscall.restype = ctypes.c_long
+from kvmsentry.gofer._host import ffi, lib
 
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
 AT_SYMLINK_NOFOLLOW = 0x100
 AT_RECURSIVE = 0x8000
 
+SYS_CONNECT, SYS_CAPGET, SYS_CAPSET, SYS_FSTATFS, SYS_PIVOT_ROOT, SYS_PRCTL = 42, 125, 126, 138, 155, 157
+SYS_MOUNT, SYS_UMOUNT2, SYS_FCHOWNAT, SYS_UNSHARE, SYS_UTIMENSAT = 165, 166, 260, 272, 280
 SYS_SETNS, SYS_RENAMEAT2, SYS_OPEN_TREE, SYS_MOVE_MOUNT = 308, 316, 428, 429
 SYS_CLOSE_RANGE, SYS_MOUNT_SETATTR, SYS_FCHMODAT2 = 436, 442, 452
 
@@ -41,18 +41,25 @@ CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_FSETID = 0, 1,
 UTIME_NOW, UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2
 
 
-def _failed() -> OSError:
-    number = ctypes.get_errno()
-    return OSError(number, os.strerror(number))
+def call(number: int, *arguments: int | bytes | bytearray | None) -> int:
+    """syscall(2) with up to six arguments, its result or -errno. Buffers go by address (those of bytes end in a NUL),
+    None is 0."""
+    held: list[Any] = []  # what is pointed at lives until the call is over
+    words = ffi.new("uint64_t[6]")
+    for index, argument in enumerate(arguments):
+        if isinstance(argument, int):
+            words[index] = argument & 0xFFFF_FFFF_FFFF_FFFF
+        elif argument is not None:
+            held.append(ffi.from_buffer(argument))
+            words[index] = int(ffi.cast("uintptr_t", held[-1]))
+    result: int = lib.kg_syscall(number, words)
+    return result
 
 
-def _call(number: int, *args: int | bytes | None) -> int:
-    """syscall(2); ints are passed as longs."""
-    result: int = _syscall(
-        ctypes.c_long(number), *[ctypes.c_long(a) if isinstance(a, int) else ctypes.c_char_p(a) for a in args]
-    )
+def _call(number: int, *arguments: int | bytes | bytearray | None) -> int:
+    result = call(number, *arguments)
     if result < 0:
-        raise _failed()
+        raise OSError(-result, os.strerror(-result))
     return result
 
 
@@ -63,15 +70,13 @@ def fchmod_path(fd: int, mode: int) -> None:
 
 def fchown_path(fd: int, uid: int, gid: int) -> None:
     """chown of what an O_PATH descriptor names (a symlink itself included); 0xffffffff leaves an id alone."""
-    if _libc.fchownat(fd, b"", ctypes.c_uint(uid), ctypes.c_uint(gid), AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW):
-        raise _failed()
+    _call(SYS_FCHOWNAT, fd, b"", uid, gid, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW)
 
 
 def utimens_path(fd: int, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
     """utimensat(2) of what an O_PATH descriptor names; (seconds, nanoseconds), UTIME_NOW and UTIME_OMIT allowed."""
     times = struct.pack("=qqqq", *atime, *mtime)
-    if _libc.utimensat(fd, b"", times, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW):
-        raise _failed()
+    _call(SYS_UTIMENSAT, fd, b"", times, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW)
 
 
 def renameat2(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int) -> None:
@@ -81,17 +86,15 @@ def renameat2(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int) ->
 
 def fstatfs(fd: int) -> tuple[int, ...]:
     """fstatfs(2): (type, bsize, blocks, bfree, bavail, files, ffree, fsid, namelen)."""
-    buf = ctypes.create_string_buffer(256)
-    if _libc.fstatfs(fd, buf):
-        raise _failed()
+    buf = bytearray(256)
+    _call(SYS_FSTATFS, fd, buf)
     kind, bsize, blocks, bfree, bavail, files, ffree, fsid, namelen = struct.unpack_from("=qqQQQQQQq", buf)
     return kind, bsize, blocks, bfree, bavail, files, ffree, fsid, namelen
 
 
 def unshare(flags: int) -> None:
     """unshare(2)."""
-    if _libc.unshare(ctypes.c_int(flags)):
-        raise _failed()
+    _call(SYS_UNSHARE, flags)
 
 
 def setns(fd: int, kind: int) -> None:
@@ -101,19 +104,17 @@ def setns(fd: int, kind: int) -> None:
 
 def mount(source: bytes | None, target: bytes, kind: bytes | None, flags: int, data: bytes | None = None) -> None:
     """mount(2)."""
-    if _libc.mount(source, target, kind, ctypes.c_ulong(flags), data):
-        raise _failed()
+    _call(SYS_MOUNT, source, target, kind, flags, data)
 
 
 def umount2(target: bytes, flags: int) -> None:
     """umount2(2)."""
-    if _libc.umount2(target, flags):
-        raise _failed()
+    _call(SYS_UMOUNT2, target, flags)
 
 
 def pivot_root(new: bytes, old: bytes) -> None:
     """pivot_root(2)."""
-    _call(155, new, old)
+    _call(SYS_PIVOT_ROOT, new, old)
 
 
 def open_tree(path: bytes) -> int:
@@ -134,19 +135,18 @@ def mount_setattr(fd: int, attributes: int) -> None:
 
 def prctl(option: int, *args: int | bytes) -> None:
     """prctl(2)."""
-    values = [ctypes.c_char_p(a) if isinstance(a, bytes) else ctypes.c_ulong(a) for a in args]
-    values += [ctypes.c_ulong(0)] * (4 - len(values))
-    if _libc.prctl(option, *values) < 0:
-        raise _failed()
+    _call(SYS_PRCTL, option, *args)
+
+
+def _capability_header() -> bytearray:
+    return bytearray(struct.pack("=Ii", 0x20080522, 0))  # _LINUX_CAPABILITY_VERSION_3, the calling thread
 
 
 def effective_capabilities() -> int:
     """The calling thread's effective capabilities as a bit mask (capget(2))."""
-    header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))  # _LINUX_CAPABILITY_VERSION_3
-    data = ctypes.create_string_buffer(24)
-    if _libc.capget(header, data):
-        raise _failed()
-    words = struct.unpack("=6I", data.raw[:24])
+    data = bytearray(24)
+    _call(SYS_CAPGET, _capability_header(), data)
+    words = struct.unpack("=6I", data)
     return int(words[0] | words[3] << 32)
 
 
@@ -165,10 +165,7 @@ def keep_capabilities(keep: int) -> None:
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
     keep &= have
     low, high = keep & 0xFFFFFFFF, keep >> 32
-    header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))
-    data = ctypes.create_string_buffer(struct.pack("=6I", low, low, 0, high, high, 0))
-    if _libc.capset(header, data):
-        raise _failed()
+    _call(SYS_CAPSET, _capability_header(), struct.pack("=6I", low, low, 0, high, high, 0))
 
 
 def close_all_but(keep: set[int]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.gofer import hostcalls, p9
-from kvmsentry.gofer._listing import ffi, lib
+from kvmsentry.gofer._host import ffi, lib
 from kvmsentry.gofer.nodes import Node, check_name, chmod
 from kvmsentry.gofer.session import Open, Session, status_fields
 

@@ -3,7 +3,6 @@ namespace (ip(7), ipv6(7), tcp(7), udp(7), icmp(7), raw(7))."""
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import socket
 import struct
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs.proc.sysctl import sysctl
+from kvmsentry.gofer import hostcalls
 from kvmsentry.kernel import cap
 from kvmsentry.kernel.namespaces import Simple
 from kvmsentry.net import options
@@ -28,8 +28,6 @@ SOCKADDR_IN6 = struct.Struct("<H2s4s16sI")
 SIN_LEAST = 8  # bytes of a sockaddr_in that must be there for sending
 SIN6_LEAST = 24  # SIN6_LEN_RFC2133
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_host_connect = _libc.connect
 _PROTOCOLS = {
     abi.SOCK_STREAM: (0, IPPROTO_TCP),
     abi.SOCK_DGRAM: (0, IPPROTO_UDP, IPPROTO_UDPLITE),
@@ -115,9 +113,9 @@ class InetSocket(HostSocket):
     def connect(self, task: Task, name: bytes, again: bool) -> int:
         """connect(2). Asked again, the host tells how the first attempt went."""
         # Straight to the host: it knows families and lengths best, and AF_UNSPEC has no form in Python.
-        if _host_connect(self.host.fileno(), name, len(name)) == 0:
+        number = -hostcalls.call(hostcalls.SYS_CONNECT, self.host.fileno(), name, len(name))
+        if not number:
             return 0
-        number = ctypes.get_errno()
         if number == errno.EISCONN and again:
             return 0
         if number in (errno.EINPROGRESS, errno.EALREADY):
