@@ -56,8 +56,39 @@ class Gofer:
     namespaces: tuple[str, ...]
 
 
+class Starting:
+    """A Gofer that was forked and confines itself; what is written to `sock` meanwhile waits for it."""
+
+    def __init__(self, pid: int, sock: socket.socket, status: int, namespaces: bool | None) -> None:
+        self.pid, self.sock, self._status, self._namespaces = pid, sock, status, namespaces
+
+    def forget(self) -> None:
+        """For a process that was forked meanwhile: it is not the one that asks."""
+        os.close(self._status)
+
+    def ready(self) -> Gofer:
+        """Wait until it serves. HostError names what the host refused; the Gofer is gone then."""
+        with os.fdopen(self._status, "rb") as pipe:
+            report = pipe.read(4096).decode(errors="backslashreplace")
+        if not report.startswith("ok"):
+            self.sock.close()
+            os.waitpid(self.pid, 0)
+            number, _, operation = report.partition(" ")
+            raise HostError(
+                f"gofer: {operation or 'it ended before it was ready'}", int(number or 0),
+                "run as root, allow user namespaces, or start without namespaces"
+                if self._namespaces is not False else "",
+            )  # fmt: skip
+        return Gofer(self.pid, self.sock, tuple(report.split()[1:]))
+
+
 def start(trees: list[TreeSpec], namespaces: bool | None = None) -> Gofer:
-    """Fork a Gofer that serves `trees`; aname at attach is the spec's name or its index.
+    """`begin`, and wait until it serves."""
+    return begin(trees, namespaces).ready()
+
+
+def begin(trees: list[TreeSpec], namespaces: bool | None = None) -> Starting:
+    """Fork a Gofer that will serve `trees`; aname at attach is the spec's name or its index.
 
     `namespaces`: True: HostError unless the host allows them; False: none; None: when the host allows them. Call it
     before the process grows and before it has threads. The Gofer ends when the socket is closed or this process dies.
@@ -94,17 +125,7 @@ def start(trees: list[TreeSpec], namespaces: bool | None = None) -> Gofer:
             os._exit(code)
     theirs.close()
     os.close(status_write)
-    with os.fdopen(status_read, "rb") as pipe:
-        report = pipe.read(4096).decode(errors="backslashreplace")
-    if not report.startswith("ok"):
-        ours.close()
-        os.waitpid(pid, 0)
-        number, _, operation = report.partition(" ")
-        raise HostError(
-            f"gofer: {operation or 'it ended before it was ready'}", int(number or 0),
-            "run as root, allow user namespaces, or start without namespaces" if namespaces is not False else "",
-        )  # fmt: skip
-    return Gofer(pid, ours, tuple(report.split()[1:]))
+    return Starting(pid, ours, status_read, namespaces)
 
 
 def _fork_into_pid_namespace(namespaces: bool | None) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import socket
 import sys
 
@@ -74,16 +75,23 @@ def _run(spec: SandboxSpec, network: Network) -> int:
         gofer_process.TreeSpec(f"volume{number}", volume.host, volume.readonly)
         for number, volume in enumerate(spec.volumes)
     ]
-    gofer = gofer_process.start(trees)
+    gofer = gofer_process.begin(trees)
     log.mark("gofer")
     sentry_pid = os.fork()
     if sentry_pid == 0:
         status = 70
         try:
+            gofer.forget()
             ours.close()
             status = boot.main(spec, gofer.sock, theirs, network)
         finally:
             os._exit(status)
     theirs.close()
+    try:
+        gofer.ready()  # it confines itself while the Sentry imports its modules
+    except HostError:
+        os.kill(sentry_pid, signal.SIGKILL)
+        os.waitpid(sentry_pid, 0)
+        raise
     gofer.sock.close()
     return supervisor.supervise(spec, sentry_pid, gofer.pid, ours)
