@@ -171,6 +171,9 @@ static inline u64 ks_ticks(void)
 	return (u64)hi << 32 | lo;
 }
 
+/* Microseconds in ticks. */
+static inline u64 ks_us(const struct ks_machine *m, u64 us) { return us * m->tick_us; }
+
 static inline void ks_pause(void) { __builtin_ia32_pause(); }
 
 /* One read of a word that the application may be writing. */

@@ -134,7 +134,7 @@ class Machine(HostSide):
         except BaseException:
             self.close()
             raise
-        self.tsc_khz: int = lib.ks_counter(self._m, 6)
+        self.tsc_khz: int = lib.ks_counter(self._m, 7)
         self._vcpus: dict[int, Any] = {}
         self._pool: list[Any] = []
         self._windows: dict[int, Window] = {}
@@ -159,13 +159,13 @@ class Machine(HostSide):
     @property
     def counters(self) -> dict[str, int]:
         """Events and sleeps of the wait, spins, doorbell rings, vCPUs made, runs of the service vCPU (invalidations),
-        the vCPUs' exits, and as exit_park, exit_fault, ... how many for which reason (layout.EXIT_*)."""
-        names = ("events", "sleeps", "spins", "doorbells", "vcpus", "services")
+        hand-overs inside the guest; the vCPUs' exits, and as exit_park, exit_fault, ... how many for which reason
+        (layout.EXIT_*)."""
+        names = ("events", "sleeps", "spins", "doorbells", "vcpus", "services", "trades")
         counts = {name: lib.ks_counter(self._m, i) for i, name in enumerate(names)}
         vcpus = self._vcpus.values()
         exits = {f"exit_{n}": sum(lib.ks_vcpu_counter(v, i) for v in vcpus) for i, n in enumerate(EXIT_NAMES)}
-        trades = lib.ks_counter(self._m, 7)
-        return {**counts, "trades": trades, "exits": sum(exits.values()), **exits}
+        return {**counts, "exits": sum(exits.values()), **exits}
 
     def kernel_pml4_entries(self) -> dict[int, int]:
         """{index: entry} that every PML4 must hold: the linear map and the stub, ring 0 only."""

@@ -45,7 +45,7 @@ static int starved(struct ks_machine *m, u64 now)
 	struct ks_place *p = &m->place;
 	u64 elapsed = now - p->sampled_at, got = 0, wanted = 0, ns_got, ns_wanted;
 
-	if (elapsed < p->sample_us * m->tick_us || m->nvcpus > MANY)
+	if (elapsed < ks_us(m, p->sample_us) || m->nvcpus > MANY)
 		return 0;
 	for (u32 i = 1; i < m->nvcpus; i++) {
 		struct ks_runner *r = m->vcpus[i]->on;
@@ -93,9 +93,9 @@ void ks_place(struct ks_machine *m, u64 now)
 		p->sample_us = p->sample_us < SAMPLE_MOST_US / 2 ? p->sample_us * 2 : p->sample_us;
 		return;
 	}
-	crowded = m->nrunning >= (u32)m->ncpus && m->spin.gap > APART_US * m->tick_us;
+	crowded = m->nrunning >= (u32)m->ncpus && m->spin.gap > ks_us(m, APART_US);
 	here = sched_getcpu();
-	if (here >= 0 && p->kept_off != (crowded ? -1 : here) && now - p->moved_at > MOVE_US * m->tick_us)
+	if (here >= 0 && p->kept_off != (crowded ? -1 : here) && now - p->moved_at > ks_us(m, MOVE_US))
 		move(m, !crowded, here);
 }
 

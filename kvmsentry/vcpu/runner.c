@@ -59,15 +59,15 @@ static int same(struct ks_runner *r, struct ks_vcpu *v, u32 owner)
 }
 
 /*
- * Out of the guest until `owner` is no longer as it was, or another context has the seat. First by looking at it again and again, in between letting others have
- * the processor: where a moment later this vCPU or another goes on here, the processor that fell asleep and had to be woken
- * would be most of the time. How long waits took lately decides.
+ * Out of the guest until `owner` is no longer as it was, or another context has the seat. First by looking at it again and
+ * again, in between letting others have the processor: where a moment later this vCPU or another goes on here, the processor
+ * that fell asleep and had to be woken would be most of the time. How long waits took lately decides.
  */
 static void rest(struct ks_runner *r, struct ks_vcpu *v, u32 owner)
 {
 	struct ks_machine *m = r->m;
 	u64 start = ks_ticks(), now = start, waited;
-	u64 limit = owner == KS_TAKEN && r->usual_rest < REST_NEAR_US * m->tick_us ? REST_US * m->tick_us : 0;
+	u64 limit = owner == KS_TAKEN && r->usual_rest < ks_us(m, REST_NEAR_US) ? ks_us(m, REST_US) : 0;
 
 	if (limit) {
 		if (atomic_fetch_add(&m->resting, 1) >= (u32)m->ncpus)
@@ -93,8 +93,8 @@ static void rest(struct ks_runner *r, struct ks_vcpu *v, u32 owner)
 	now = atomic_load(&r->answered);
 	waited = (int64_t)(now - start) > 0 ? now - start : 0;
 	/* In another's seat: this runner is the spare one of two, and had better sleep. */
-	if (waited > REST_CLIP_US * m->tick_us || atomic_load(&r->seat) != v)
-		waited = REST_CLIP_US * m->tick_us;
+	if (waited > ks_us(m, REST_CLIP_US) || atomic_load(&r->seat) != v)
+		waited = ks_us(m, REST_CLIP_US);
 	r->usual_rest += (int64_t)(waited - r->usual_rest) / 8;
 }
 

@@ -25,11 +25,6 @@ enum {
 	WAITS_US = 5,		/* a request that comes sooner leaves no doubt that its vCPU has a processor */
 };
 
-static u64 ticks_of_us(const struct ks_machine *m, u64 us)
-{
-	return us * m->tsc_khz / 1000;
-}
-
 static void list_add(struct ks_vcpu *v)
 {
 	struct ks_machine *m = v->m;
@@ -95,8 +90,7 @@ static struct ks_vcpu *scan(struct ks_machine *m)
 		m->count_events++;
 		v->held = 1;
 		v->portable = 0;
-		if (v->predecessor)
-			succeeded(v);
+		succeeded(v);
 		forget_kick(v);
 		return v;
 	}
@@ -115,7 +109,7 @@ static void kick_again(struct ks_machine *m, u64 now)
 	for (u32 i = 0; i < m->nrunning; i++) {
 		struct ks_vcpu *v = m->running[i];
 
-		if (v->kicked_at && now - v->kicked_at > ticks_of_us(m, REKICK_US)) {
+		if (v->kicked_at && now - v->kicked_at > ks_us(m, REKICK_US)) {
 			v->kicked_at = now;
 			atomic_store(&v->kick, 1);
 			send_kick(v);
@@ -196,7 +190,7 @@ int ks_wait(struct ks_machine *m, int64_t timeout)
 	u64 start, now, spin = 0, end = 0;
 	int n, slept = 0;
 
-	if (m->due && ks_ticks() - m->due_at > ticks_of_us(m, DUE_US))
+	if (m->due && ks_ticks() - m->due_at > ks_us(m, DUE_US))
 		wake_due(m);
 	if (m->host_held) {	/* edges that a vCPU's event overtook: epoll tells of them once only */
 		m->host_held = 0;
@@ -214,7 +208,7 @@ int ks_wait(struct ks_machine *m, int64_t timeout)
 		if (m->count_events & 31)
 			return found(v);
 		now = ks_ticks();
-		if (now - m->polled > ticks_of_us(m, POLL_US))
+		if (now - m->polled > ks_us(m, POLL_US))
 			m->host_due = 1;
 		return found(v);
 	}
@@ -228,7 +222,7 @@ int ks_wait(struct ks_machine *m, int64_t timeout)
 			atomic_store(&m->woken, 0);
 			return KS_WOKEN;
 		}
-		if (now - m->polled > ticks_of_us(m, POLL_US)) {
+		if (now - m->polled > ks_us(m, POLL_US)) {
 			if ((n = look_at_host(m, 0)))
 				return n > 0 ? KS_HOST : n - KS_FAILED;
 		}
@@ -245,9 +239,9 @@ int ks_wait(struct ks_machine *m, int64_t timeout)
 			}
 			m->count_spins++;
 			now = ks_ticks();
-			if (m->due && now - m->due_at > ticks_of_us(m, DUE_US))
+			if (m->due && now - m->due_at > ks_us(m, DUE_US))
 				wake_due(m);
-			if (now - start > WAITS_US * m->tick_us)
+			if (now - start > ks_us(m, WAITS_US))
 				ks_place(m, now);
 			continue;
 		}
@@ -335,7 +329,7 @@ static void settle(struct ks_vcpu *v)
 		return;
 	start = ks_ticks();
 	while (KS_READ(v->ch->state) != KS_ST_GONE) {
-		if (ks_ticks() - start < ticks_of_us(v->m, SETTLE_US)) {
+		if (ks_ticks() - start < ks_us(v->m, SETTLE_US)) {
 			ks_pause();
 			continue;
 		}
@@ -424,7 +418,7 @@ void ks_halt(struct ks_vcpu *v)
 	atomic_store(&v->on->halt, 1);
 	for (;;) {
 		now = ks_ticks();
-		if (now - sent > ticks_of_us(v->m, 1000)) {
+		if (now - sent > ks_us(v->m, 1000)) {
 			send_kick(v);
 			sent = now;
 		}
@@ -436,7 +430,7 @@ void ks_halt(struct ks_vcpu *v)
 			ks_pause();
 		}
 		struct timespec nap = { 0, 20000 };
-		if (now - sent > ticks_of_us(v->m, 30))
+		if (now - sent > ks_us(v->m, 30))
 			nanosleep(&nap, NULL);
 	}
 }
@@ -525,7 +519,7 @@ void ks_claim(struct ks_vcpu *v)
 static int save_in_guest(struct ks_vcpu *v)
 {
 	struct ks_channel *ch = v->ch;
-	u64 start = ks_ticks(), limit = ticks_of_us(v->m, SAVE_US);
+	u64 start = ks_ticks(), limit = ks_us(v->m, SAVE_US);
 
 	if (v->source != KS_FROM_CHANNEL || v->fresh || KS_READ(ch->state) != KS_ST_REQUEST ||
 	    atomic_load(&v->on->where) == KS_STOPPED)

@@ -425,7 +425,8 @@ int ks_epoll_fd(struct ks_machine *m) { return m->epoll; }
 
 uint64_t ks_counter(struct ks_machine *m, int which)
 {
-	u64 c[] = { m->count_events, m->count_sleeps, m->count_spins, m->count_doorbells, m->nvcpus, m->count_services, m->tsc_khz, m->count_trades };
+	u64 c[] = { m->count_events, m->count_sleeps, m->count_spins, m->count_doorbells, m->nvcpus, m->count_services,
+		    m->count_trades, m->tsc_khz };
 
 	return c[which];
 }
