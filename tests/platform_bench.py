@@ -12,6 +12,7 @@ import mmap
 import os
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def programs() -> tuple[bytes, dict[str, int]]:
     return (kept / "p.bin").read_bytes(), json.loads((kept / "symbols.json").read_text())
 
 
-class Bench:
+class Bench(ABC):
     """A platform with an address space that holds the programs, a data page and a stack."""
 
     def __init__(self, platform: Any) -> None:
@@ -65,17 +66,17 @@ class Bench:
         self.memory.view[self.code_gpa : self.code_gpa + len(self.code)] = self.code
         self.mmu, self.data = self.space()
 
+    @abstractmethod
     def prepare(self) -> None:
         """Before the first frame is taken."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, pages: int = 1) -> int:
         """GPA of a run of frames, all zero."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tables(self) -> Any:
         """An Mmu with nothing in it."""
-        raise NotImplementedError
 
     def space(self) -> tuple[Any, int]:
         """Another address space; (mmu, GPA of its data page)."""

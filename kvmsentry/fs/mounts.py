@@ -240,12 +240,12 @@ def new_super(task: Task, fstype: str, options: dict[str, str]) -> SuperBlock:
     processes of its PID namespace, and a tmpfs belongs to it. EPERM: see _may_mount_type."""
     _may_mount_type(task, fstype)
     if fstype == "proc" and task.process.numbers:
-        return _proc_of(task, _own_options(task, fstype, options))
+        return _proc_of(task, own_options(task, fstype, options))
     if fstype == "mqueue":
         from kvmsentry.fs.mqueue import space_of
 
         return space_of(task).super
-    sb = make_super(task.kernel, fstype, _own_options(task, fstype, options))
+    sb = make_super(task.kernel, fstype, own_options(task, fstype, options))
     if not sb.__dict__.get("mount_count"):
         sb.__dict__["user_ns"] = task.creds.user_ns  # whose root may change its options
     return sb
@@ -388,7 +388,7 @@ def _may_mount_type(task: Task, fstype: str) -> None:
         raise Errno(errno.EPERM)
 
 
-def _own_options(task: Task, fstype: str, options: dict[str, str]) -> dict[str, str]:
+def own_options(task: Task, fstype: str, options: dict[str, str]) -> dict[str, str]:
     """The options of a tmpfs or procfs with ids of the first user namespace. A tmpfs' root belongs to whoever mounts
     it (shmem_get_inode)."""
     creds = task.creds
@@ -486,7 +486,7 @@ def remount(task: Task, place: Path, flags: int, data: bytes) -> None:
     if not flags & MS_BIND and not capable(task.creds, mount.sb.__dict__.get("user_ns", ROOT), CAP_SYS_ADMIN):
         raise Errno(errno.EPERM)
     if not flags & MS_BIND and data and hasattr(mount.sb, "configure"):
-        mount.sb.configure(_own_options(task, mount.sb.fstype, parse_options(data)))
+        mount.sb.configure(own_options(task, mount.sb.fstype, parse_options(data)))
     mount.flags = flags & KEPT_FLAGS
     if mount.namespace is not None:
         mount.namespace.changed()

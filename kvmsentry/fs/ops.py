@@ -14,6 +14,21 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
+from kvmsentry.fs import inotify
+from kvmsentry.fs.inotify import (
+    DN_RENAMED,
+    IN_ACCESS,
+    IN_ATTRIB,
+    IN_CREATE,
+    IN_DELETE,
+    IN_ISDIR,
+    IN_MODIFY,
+    IN_MOVE_SELF,
+    IN_MOVED_FROM,
+    IN_MOVED_TO,
+    IN_OPEN,
+)
+from kvmsentry.fs.leases import break_leases
 from kvmsentry.fs.vfs import (
     CAP_DAC_READ_SEARCH,
     CAP_FOWNER,
@@ -60,11 +75,6 @@ S_IFMT, S_IFDIR, S_IFREG, S_IFLNK = 0o170000, 0o040000, 0o100000, 0o120000  # ua
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4  # uapi/linux/fs.h
 CAP_CHOWN, CAP_FSETID, CAP_MKNOD = 0, 4, 27  # uapi/linux/capability.h
 _O_TMPFILE = O_TMPFILE & ~O_DIRECTORY
-
-# inotify(7) events, uapi/linux/inotify.h
-IN_ACCESS, IN_MODIFY, IN_ATTRIB, IN_OPEN, IN_MOVED_FROM, IN_MOVED_TO = 1, 2, 4, 0x20, 0x40, 0x80
-IN_CREATE, IN_DELETE, IN_MOVE_SELF, IN_ISDIR = 0x100, 0x200, 0x800, 0x40000000
-DN_RENAMED = 0x10000000  # a rename within one directory, fs/dnotify.py
 
 _move_cookie = 0
 
@@ -116,28 +126,18 @@ def _may_delete(directory: Inode, victim: Inode, creds: Credentials, as_director
 def notify(inode: Inode, mask: int, name: bytes = b"", cookie: int = 0) -> None:
     """Tell the inotify watches of `inode`, if there are any."""
     if inode.watches is not None:
-        from kvmsentry.fs import inotify
-
         inotify.notify(inode, mask, name, cookie)
 
 
 def changed(place: Path | None, inode: Inode, mask: int) -> None:
     """Tell the inotify watches of `inode` and of the directory it was found in at `place`. Callers test WATCHES
     first."""
-    from kvmsentry.fs import inotify
-
     inotify.notify_place(place, inode, mask)
 
 
 def _entry_event(directory: Inode, name: bytes, inode: Inode, mask: int, cookie: int = 0) -> None:
     if directory.watches is not None:
         notify(directory, mask | (IN_ISDIR if inode.mode & S_IFMT == S_IFDIR else 0), name, cookie)
-
-
-def _orphaned(task: Task, inode: Inode) -> None:
-    from kvmsentry.fs import inotify
-
-    inotify.orphaned(task.kernel, inode)
 
 
 def forget(directory: Dentry, name: bytes) -> None:
@@ -250,8 +250,6 @@ def _finish_open(task: Task, place: Path, inode: Inode, flags: int) -> Any:
             changed(place, inode, IN_OPEN)
         return file
     if inode.locks is not None:
-        from kvmsentry.fs.leases import break_leases
-
         giving_way = break_leases(task, inode, flags)
         if giving_way is not None:
             return _open_later(giving_way, task, place, inode, flags)
@@ -430,7 +428,7 @@ def unlink_at(task: Task, start: Path | None, path: bytes) -> None:
         notify(victim, IN_ATTRIB)  # its number of links
     _entry_event(directory, name, victim, IN_DELETE)
     if victim.watches is not None and not victim.nlink:
-        _orphaned(task, victim)
+        inotify.orphaned(task.kernel, victim)
 
 
 def rmdir_at(task: Task, start: Path | None, path: bytes) -> None:
@@ -455,7 +453,7 @@ def rmdir_at(task: Task, start: Path | None, path: bytes) -> None:
     dentry.children.clear()
     forget(parent.dentry, name)
     if victim.watches is not None:
-        _orphaned(task, victim)
+        inotify.orphaned(task.kernel, victim)
     _entry_event(directory, name, victim, IN_DELETE)
 
 
@@ -544,7 +542,7 @@ def rename_at(task: Task, old_start: Path | None, old_path: bytes, new_start: Pa
     if inode.watches is not None:
         notify(inode, IN_MOVE_SELF)
     if lost is not None and (is_dir or not lost.nlink):
-        _orphaned(task, lost)
+        inotify.orphaned(task.kernel, lost)
 
 
 # -- changing
@@ -635,8 +633,6 @@ def truncate_at(task: Task, path: bytes, size: int) -> Any:
     if inode.writers < 0:
         raise Errno(errno.ETXTBSY)
     if inode.locks is not None:
-        from kvmsentry.fs.leases import break_leases
-
         giving_way = break_leases(task, inode, O_WRONLY)
         if giving_way is not None:
             return _truncate_later(giving_way, task, place, inode, size)

@@ -7,8 +7,6 @@ import os
 from cffi import FFI
 
 HERE = os.path.join("kvmsentry", "gofer")
-
-
 PARTS = ("listing", "hostcalls")
 
 

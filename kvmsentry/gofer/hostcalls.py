@@ -1,7 +1,7 @@
 """Host system calls that Python 3.11's os module lacks.
 
-All raise OSError with the host's errno. Numbers are x86-64's (arch/x86/entry/syscalls/syscall_64.tbl), structures and
-flags from include/uapi/linux.
+All but `call` raise OSError with the host's errno. Numbers are x86-64's (arch/x86/entry/syscalls/syscall_64.tbl),
+structures and flags from include/uapi/linux.
 """
 
 from __future__ import annotations

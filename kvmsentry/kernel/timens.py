@@ -16,19 +16,29 @@ from typing import TYPE_CHECKING, Any
 from kvmsentry.errors import Errno
 from kvmsentry.kernel import cap, userns
 from kvmsentry.kernel.userns import UserNamespace
+from kvmsentry.syscall.abi_time import (
+    CLOCK_BOOTTIME,
+    CLOCK_BOOTTIME_ALARM,
+    CLOCK_MONOTONIC,
+    CLOCK_MONOTONIC_COARSE,
+    CLOCK_MONOTONIC_RAW,
+    KTIME_MAX,
+    NS,
+)
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.kernel import Kernel
     from kvmsentry.kernel.task import Credentials, Task
 
-NS = 1_000_000_000
-MONOTONIC, RAW, MONOTONIC_COARSE, BOOTTIME, BOOTTIME_ALARM = 1, 4, 6, 7, 9  # uapi/linux/time.h
 CLOCKS = 12
-KTIME_MAX = (1 << 63) - 1
 KTIME_SEC_MAX = KTIME_MAX // NS
 PAGE = 4096
 LINE = re.compile(rb"\s*(\S{1,9})\s*([-+]?\d+)\s*\+?(\d+)")  # sscanf("%9s %lld %lu")
-NAMES = {b"monotonic": MONOTONIC, b"1": MONOTONIC, b"boottime": BOOTTIME, b"7": BOOTTIME}
+SAME = {
+    CLOCK_MONOTONIC: (CLOCK_MONOTONIC, CLOCK_MONOTONIC_RAW, CLOCK_MONOTONIC_COARSE),
+    CLOCK_BOOTTIME: (CLOCK_BOOTTIME, CLOCK_BOOTTIME_ALARM),
+}  # clocks that go by one offset
+NAMES = {b"monotonic": CLOCK_MONOTONIC, b"1": CLOCK_MONOTONIC, b"boottime": CLOCK_BOOTTIME, b"7": CLOCK_BOOTTIME}
 
 
 class TimeNamespace:
@@ -81,7 +91,7 @@ def show(task: Task) -> str:
     offsets = task.ns.time_for_children.offsets
     return "".join(
         f"{name:10} {offsets[clock] // NS:10d} {offsets[clock] % NS:9d}\n"
-        for name, clock in (("monotonic", MONOTONIC), ("boottime", BOOTTIME))
+        for name, clock in (("monotonic", CLOCK_MONOTONIC), ("boottime", CLOCK_BOOTTIME))
     )
 
 
@@ -110,7 +120,7 @@ def write(task: Task, opener: Credentials, data: bytes) -> int:
         raise Errno(errno.EACCES)
     offsets = list(space.offsets)
     for clock, seconds, nanoseconds in found:
-        for same in (MONOTONIC, RAW, MONOTONIC_COARSE) if clock == MONOTONIC else (BOOTTIME, BOOTTIME_ALARM):
+        for same in SAME[clock]:
             offsets[same] = seconds * NS + nanoseconds
     space.offsets = tuple(offsets)
     return min(taken, len(data))

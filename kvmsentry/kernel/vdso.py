@@ -19,6 +19,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.mm.shared import SharedMemory
+from kvmsentry.syscall.abi_time import CLOCK_BOOTTIME, CLOCK_MONOTONIC
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.timens import TimeNamespace
@@ -31,9 +32,6 @@ VALID_FIRST, VALID_MOST = 10_000_000, 1_000_000_000  # ns
 MEASURED = 5_000_000  # ns
 GROWTH = 8  # how much longer each set of parameters is believed than the last
 STEEPEST = 1 << 22  # a slope may be off the rate seen by a 1,000th (of 2**32), to meet the clock again
-
-
-MONOTONIC, BOOTTIME = 1, 7  # uapi/linux/time.h
 
 
 class Parameters(SharedMemory):
@@ -95,7 +93,7 @@ class Vdso:
         gpa = space.vvar.pages.get(0) if space.vvar is not None else None
         if gpa is None or not self.wall or not space.frozen:
             return
-        monotonic, boottime = space.offsets[MONOTONIC], space.offsets[BOOTTIME]
+        monotonic, boottime = space.offsets[CLOCK_MONOTONIC], space.offsets[CLOCK_BOOTTIME]
         page = self.kernel.memory.view[gpa : gpa + PAGE]
         self._write(page, self.base + monotonic, self.wall, self.base + boottime)
 

@@ -9,10 +9,11 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs.proc.sysctl import sysctl
+from kvmsentry.fs.proc.sysctl import Sysctls, sysctl
 from kvmsentry.gofer import hostcalls
 from kvmsentry.kernel import cap
 from kvmsentry.kernel.namespaces import Simple
+from kvmsentry.kernel.userns import ROOT, UserNamespace, capable
 from kvmsentry.net import options
 from kvmsentry.net.hostsock import HostSocket, refused
 from kvmsentry.net.socket import Control
@@ -36,6 +37,12 @@ FIRST_PORT = "net/ipv4/ip_unprivileged_port_start"
 _LEVELS = {abi.SOCK_STREAM: abi.SOL_TCP, abi.SOCK_DGRAM: abi.SOL_UDP, abi.SOCK_RAW: abi.SOL_RAW}
 
 
+def may_bind(task: Task, port: int, sysctls: Sysctls, owner: UserNamespace) -> None:
+    """EACCES for a port that is kept for CAP_NET_BIND_SERVICE in `owner`, whose network namespace it is."""
+    if 0 < port < sysctls.number(FIRST_PORT) and not capable(task.creds, owner, cap.NET_BIND_SERVICE):
+        raise Errno(errno.EACCES)
+
+
 class InetSocket(HostSocket):
     """An IPv4 or IPv6 socket."""
 
@@ -54,10 +61,8 @@ class InetSocket(HostSocket):
     # -- names -------------------------------------------------------------------------------------------------------
     def bind(self, task: Task, name: bytes) -> None:
         """bind(2): EACCES below ip_unprivileged_port_start, which is 0 until somebody sets it."""
-        first = sysctl(task.kernel).number(FIRST_PORT)
-        if first and self.kind in (abi.SOCK_STREAM, abi.SOCK_DGRAM) and 0 < self.address(name)[1] < first:
-            if not task.creds.capable(cap.NET_BIND_SERVICE):
-                raise Errno(errno.EACCES)
+        if self.kind in (abi.SOCK_STREAM, abi.SOCK_DGRAM):
+            may_bind(task, self.address(name)[1], sysctl(task.kernel), ROOT)
         super().bind(task, name)
 
     def address(self, name: bytes) -> Any:

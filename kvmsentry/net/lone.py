@@ -18,9 +18,10 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
+from kvmsentry.fs.proc.sysctl import NETWORK, Sysctls
 from kvmsentry.kernel import cap, userns
 from kvmsentry.net.hostsock import HostSocket, refused
-from kvmsentry.net.inet import FIRST_PORT, InetSocket
+from kvmsentry.net.inet import FIRST_PORT, InetSocket, may_bind
 from kvmsentry.net.netlink import NLM_F_ACK, NLM_F_REQUEST, NLMSGHDR, NetlinkSocket
 from kvmsentry.net.socket import Control, Received
 from kvmsentry.net.tables import stack_of
@@ -59,8 +60,6 @@ class NetNamespace:
     kind = b"net"
 
     def __init__(self, kernel: Any, user_ns: userns.UserNamespace) -> None:
-        from kvmsentry.fs.proc.sysctl import NETWORK, Sysctls
-
         self.sysctls = Sysctls(NETWORK)
         self.sysctls.values[FIRST_PORT] = "1024"  # PROT_SOCK: unlike the sandbox's own, which everybody may use all of
         self.user_ns, self.ns_ino, self.up = user_ns, 0, False
@@ -150,9 +149,7 @@ class LoneSocket(InetSocket):
         here = self.net.up and self._is_local(raw) or (len(raw) == 4 and not self.net.ever_up)
         if any(raw) and not here:
             raise Errno(errno.EADDRNOTAVAIL)
-        first = self.net.sysctls.number(FIRST_PORT)
-        if 0 < port < first and not userns.capable(task.creds, self.net.user_ns, cap.NET_BIND_SERVICE):
-            raise Errno(errno.EACCES)
+        may_bind(task, port, self.net.sysctls, self.net.user_ns)
         if self.local is not None:
             raise Errno(errno.EINVAL)
         self._take(raw, port)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from kvmsentry.kernel.task import Task
 
 
-
 class StreamSocket(UnixSocket):
     """A stream socket. It is writable while a quarter of the peer's ring is used at most (unix_writable), and takes
     what fits at any time."""

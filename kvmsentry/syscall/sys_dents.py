@@ -19,7 +19,7 @@ _MOST = 1 << 20  # bytes handed out by one call
 
 
 def _snapshot(task: Task, file: File) -> list[tuple[bytes, int, int]]:
-    """The entries of an open directory; `.` and `..` first. ENOTDIR; ENOENT when it was removed."""
+    """The entries of an open directory; `.` and `..` first. ENOTDIR."""
     inode = file.inode
     if inode.mode & 0o170000 != 0o040000:
         raise NotADirectoryError
@@ -28,9 +28,8 @@ def _snapshot(task: Task, file: File) -> list[tuple[bytes, int, int]]:
     if place is not None and place.dentry is not place.mount.root:
         parent = place.dentry.parent.inode or inode
     entries = [(b".", inode.ino, 4), (b"..", parent.ino, 4)]
-    if inode.nlink:
-        names = inode.readdir()
-        entries += inode.sb.visible(task, inode, names) if inode.sb.hides else names
+    names = inode.readdir()
+    entries += inode.sb.visible(task, inode, names) if inode.sb.hides else names
     if inode.atime <= inode.mtime and not file.flags & O_NOATIME and inode.sb.caching and not inode.sb.readonly:
         inode.atime = time.time_ns()  # relatime, in memory only
     return entries

@@ -208,7 +208,7 @@ def fsconfig(task: Task, fd: Fd, command: UInt, key: UserPtr, value: UserPtr, au
         if not capable(task.creds, mount.sb.__dict__.get("user_ns", ROOT), cap.SYS_ADMIN):
             return -errno.EPERM
         if context.options and hasattr(mount.sb, "configure"):
-            mount.sb.configure(mounts._own_options(task, mount.sb.fstype, context.options))
+            mount.sb.configure(mounts.own_options(task, mount.sb.fstype, context.options))
         if context.readonly is not None:
             mount.flags = mount.flags & ~MS_RDONLY | (MS_RDONLY if context.readonly else 0)
         context.options, context.readonly = {}, None

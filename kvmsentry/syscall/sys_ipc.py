@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from kvmsentry.errors import Errno
+from kvmsentry.kernel import cap
 from kvmsentry.kernel.sysvipc import (
     IPC_NOWAIT,
     SEMVMX,
@@ -187,7 +188,7 @@ def msgctl(task: Task, msqid: Int, cmd: Int, buf: UserPtr) -> int:
     if cmd == IPC_SET:
         raw = task.mm.read(buf, MSQID_DS.size)
         limit = MSQID_DS.unpack(raw)[6]
-        if limit > limits["msgmnb"] and not task.creds.capable(24):  # CAP_SYS_RESOURCE
+        if limit > limits["msgmnb"] and not task.creds.capable(cap.SYS_RESOURCE):
             return -errno.EPERM
         _set(task, queue, raw)
         queue.max_bytes = limit
@@ -319,7 +320,6 @@ def semctl(task: Task, semid: Int, semnum: Int, cmd: Int, arg: ULong) -> int:
 # -- shared memory ---------------------------------------------------------------------------------
 SHM_RDONLY, SHM_RND, SHM_REMAP, SHM_EXEC, SHM_HUGETLB = 0o10000, 0o20000, 0o40000, 0o100000, 0o4000
 SHM_LOCK, SHM_UNLOCK = 11, 12
-CAP_IPC_LOCK = 14
 SHM_STAT, SHM_INFO, SHM_STAT_ANY = 13, 14, 15
 MOST = 1 << 46  # bytes of a segment, whatever shmmax says
 PAGE = 4096
@@ -435,7 +435,7 @@ def shmctl(task: Task, shmid: Int, cmd: Int, buf: UserPtr) -> int:
 def _lock(task: Task, segment: Segment, cmd: int) -> None:
     """SHM_LOCK, SHM_UNLOCK (shmctl_do_lock, user_shm_lock). Nothing is ever swapped: they mark and count."""
     creds, limit = task.creds, task.rlimit(RLIMIT_MEMLOCK)
-    if not capable(creds, segment.user_ns, CAP_IPC_LOCK):
+    if not capable(creds, segment.user_ns, cap.IPC_LOCK):
         if creds.euid not in (segment.uid, segment.cuid):
             raise Errno(errno.EPERM)
         if cmd == SHM_LOCK and not limit:
@@ -445,7 +445,7 @@ def _lock(task: Task, segment: Segment, cmd: int) -> None:
     elif not segment.mode & SHM_LOCKED:
         others = segment.ipc.segments.objects.values()
         locked = sum(s.units for s in others if s.mode & SHM_LOCKED and s.locker == creds.uid)
-        if locked + segment.units > limit >> 12 and not creds.capable(CAP_IPC_LOCK):
+        if locked + segment.units > limit >> 12 and not creds.capable(cap.IPC_LOCK):
             raise Errno(errno.ENOMEM)
         segment.mode |= SHM_LOCKED
         segment.locker = creds.uid

@@ -8,13 +8,20 @@ import struct
 
 from kvmsentry.errors import Errno
 from kvmsentry.kernel import userns
-from kvmsentry.kernel.task import SCHED_DEADLINE, SCHED_FIFO, SCHED_RESET_ON_FORK, SCHED_RR, Task
+from kvmsentry.kernel.task import (
+    RLIMIT_NICE,
+    RLIMIT_RTPRIO,
+    SCHED_DEADLINE,
+    SCHED_FIFO,
+    SCHED_RESET_ON_FORK,
+    SCHED_RR,
+    Task,
+)
 from kvmsentry.syscall.abi_time import write_timespec
 from kvmsentry.syscall.table import Int, Pid, UInt, UserPtr, syscall
 
 SCHED_OTHER, SCHED_BATCH, SCHED_IDLE = 0, 3, 5  # uapi/linux/sched.h
 CAP_SYS_NICE = 23
-RLIMIT_NICE, RLIMIT_RTPRIO = 13, 14
 FAIR = (SCHED_OTHER, SCHED_BATCH)
 PERIOD_MIN, PERIOD_MAX = 100_000, 4_194_304_000  # ns: sched_deadline_period_{min,max}_us
 FLAG_RESET_ON_FORK, FLAG_RECLAIM, FLAG_OVERRUN, FLAG_KEEP_POLICY, FLAG_KEEP_PARAMS = 1, 2, 4, 8, 16

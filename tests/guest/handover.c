@@ -183,24 +183,17 @@ int main(void)
 		}
 	}
 	pthread_create(&disturber, NULL, disturb, NULL);
-	for (int k = 0; k < n; k++) {
-		struct timespec until;
+	for (int k = 0; k < n;) {
+		struct timespec nap = { 0, 1000000 };
+		int running;
 
-		clock_gettime(CLOCK_REALTIME, &until);
-		until.tv_nsec += 1000000;
-		until.tv_sec += until.tv_nsec / 1000000000;
-		until.tv_nsec %= 1000000000;
 		pthread_mutex_lock(&joining);
-		int running = pthread_timedjoin_np(members[k].thread, NULL, &until);
+		running = pthread_tryjoin_np(members[k].thread, NULL);
 		if (!running)
-			members[k].group = NULL;
+			members[k++].group = NULL;
 		pthread_mutex_unlock(&joining);
-		if (running) {
-			struct timespec nap = { 0, 1000000 };
-
+		if (running)
 			nanosleep(&nap, NULL);
-			k--;
-		}
 	}
 	atomic_store(&over, 1);
 	pthread_join(disturber, NULL);

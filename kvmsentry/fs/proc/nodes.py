@@ -10,6 +10,7 @@ habit.
 from __future__ import annotations
 
 import errno
+import re
 import stat as st
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,23 @@ if TYPE_CHECKING:
     from kvmsentry.kernel.task import Task
 
 WRITE_LIMIT = 4096  # PAGE_SIZE: more is refused with EINVAL, as proc handlers do
+INT = (-(1 << 31), (1 << 31) - 1)  # what a plain knob may be set to
+_NUMBERS = re.compile(rb"\s*(-?\d+(?:\s+-?\d+)*)\s*\0?\s*")
 _TYPES = {st.S_IFDIR: DT_DIR, st.S_IFLNK: DT_LNK, st.S_IFREG: DT_REG}
 
 Text = Callable[[Any], "str | bytes"]  # (the task that opened the file) -> content
 Store = Callable[[Any, bytes], None]  # (the task that opened the file, what was written); Errno for what it refuses
+
+
+def numbers(data: bytes, old: list[int], rule: tuple[int, int]) -> list[int]:
+    """The numbers of `old` as `data` changes them, from the first on; EINVAL for what is no number or out of range."""
+    match = _NUMBERS.fullmatch(data)
+    if match is None:
+        raise Errno(errno.EINVAL)
+    new = [int(word) for word in match[1].split()][: len(old)]
+    if any(not rule[0] <= value <= rule[1] for value in new):
+        raise Errno(errno.EINVAL)
+    return [*new, *old[len(new) :]]
 
 
 class KernelSuper(SuperBlock):

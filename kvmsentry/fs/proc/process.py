@@ -22,8 +22,8 @@ from kvmsentry.kernel.task import (
     SCHED_RR,
     SigHand,
 )
-from kvmsentry.kernel.timens import BOOTTIME
 from kvmsentry.kernel.userns import shown_gid, shown_uid
+from kvmsentry.syscall.abi_time import CLOCK_BOOTTIME
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.pidns import PidNamespace
@@ -99,7 +99,7 @@ def stat(reader: Task, target: Task, ns: PidNamespace, thread: bool = False) -> 
         0x400000 if mm is not None else 0x40400000,  # PF_RANDOMIZE
         0, 0, 0, 0, used // TICK, 0, process.children_user // TICK, process.children_system // TICK,
         shown_priority, target.nice, len(process.threads), 0,
-        max(0, (target if thread else process).start_time + reader.ns.time.offsets[BOOTTIME]) // TICK,
+        max(0, (target if thread else process).start_time + reader.ns.time.offsets[CLOCK_BOOTTIME]) // TICK,
         mm.total_pages * 4096 if mm is not None else 0, mm.rss_pages if mm is not None else 0, process.rlimits[5][0],
     ]  # fmt: skip
     if image is not None:

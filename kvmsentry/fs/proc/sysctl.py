@@ -9,13 +9,12 @@ the kernel want to know they read with `sysctl(kernel).number(b"net/core/somaxco
 from __future__ import annotations
 
 import errno
-import re
 import uuid
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs.proc import sysvipc
-from kvmsentry.fs.proc.nodes import TextInode, TreeInode
+from kvmsentry.fs.proc.nodes import INT, TextInode, TreeInode, numbers
 from kvmsentry.kernel import identity
 from kvmsentry.kernel.task import CAP_LAST
 from kvmsentry.kernel.userns import capable
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from kvmsentry.fs.vfs import SuperBlock
     from kvmsentry.kernel.kernel import Kernel
 
-INT = (-(1 << 31), (1 << 31) - 1)
 UNSIGNED = (0, (1 << 31) - 1)
 ULONG = (0, (1 << 64) - 1)
 BOOL = (0, 1)
@@ -32,7 +30,6 @@ TEXT = "text"
 HOST_NAME_MAX = 64  # uapi/linux/limits.h
 CAP_SYS_ADMIN = 21
 MAX_NAMESPACES = 63432  # half of what threads-max is with 16 GiB, as Linux starts with (kernel/fork.c)
-_NUMBERS = re.compile(rb"\s*(-?\d+(?:\s+-?\d+)*)\s*\0?\s*")
 
 # net/ipv4/conf/DEVICE: per device, and what a namespace starts with (include/uapi/linux/ip.h); (all and default, lo)
 _IPV4_CONF: dict[str, tuple[int, int]] = {
@@ -261,17 +258,6 @@ class Sysctls:
             self.values[path] = line.decode("utf-8", "surrogateescape")[:128]
             return
         self.values[path] = "\t".join(map(str, numbers(data, [*map(int, self.values[path].split("\t"))], rule)))
-
-
-def numbers(data: bytes, old: list[int], rule: tuple[int, int]) -> list[int]:
-    """The numbers of `old` as `data` changes them, from the first on; EINVAL for what is no number or out of range."""
-    match = _NUMBERS.fullmatch(data)
-    if match is None:
-        raise Errno(errno.EINVAL)
-    new = [int(word) for word in match[1].split()][: len(old)]
-    if any(not rule[0] <= value <= rule[1] for value in new):
-        raise Errno(errno.EINVAL)
-    return [*new, *old[len(new) :]]
 
 
 def sysctl(kernel: Kernel) -> Sysctls:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvmsentry.errors import Errno
 from kvmsentry.fs.proc.nodes import constant, link, text
 from kvmsentry.kernel import cputime, identity
-from kvmsentry.kernel.timens import BOOTTIME
+from kvmsentry.syscall.abi_time import CLOCK_BOOTTIME
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.kernel import Kernel
@@ -146,7 +146,7 @@ def stat(task: Task) -> str:
     lines = [f"cpu  {busy} 0 0 {max(0, up * len(cpus) - busy)} 0 0 0 0 0 0"]
     lines += [f"cpu{cpu} {each} 0 0 {max(0, up - each)} 0 0 0 0 0 0" for cpu in cpus]
     last = getattr(kernel, "_last_pid", 0)
-    boot = kernel.boot_time - task.ns.time.offsets[BOOTTIME]
+    boot = kernel.boot_time - task.ns.time.offsets[CLOCK_BOOTTIME]
     running = runnable(kernel)
     lines += [
         "intr 0", f"ctxt {kernel.task_events}", f"btime {boot // 1_000_000_000}", f"processes {last}",
@@ -198,7 +198,7 @@ def uptime(task: Task) -> str:
     up = kernel.now()
     idle = max(kernel.__dict__.get("idle_shown", 0), up * len(kernel.all_cpus) - busy_ns(kernel))
     kernel.__dict__["idle_shown"] = idle
-    up += task.ns.time.offsets[BOOTTIME]
+    up += task.ns.time.offsets[CLOCK_BOOTTIME]
     return f"{up / 1e9:.2f} {idle / 1e9:.2f}\n"
 
 

@@ -7,20 +7,18 @@ import errno
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs.proc.nodes import TextInode, text
+from kvmsentry.fs.proc.nodes import INT, TextInode, numbers, text
 from kvmsentry.fs.vfs import File, Path, SuperBlock
 from kvmsentry.kernel import cap
-from kvmsentry.kernel.sysvipc import IpcObject, IpcTable, namespace, shown_pid
+from kvmsentry.kernel.sysvipc import MAX_IDS, IpcObject, IpcTable, namespace, shown_pid
 from kvmsentry.kernel.userns import capable, shown_gid, shown_uid
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.task import Task
 
 PAGE = 4096
-MOST_IDS = 1 << 15  # IPCMNI
-INT_MAX = (1 << 31) - 1
-RANGES = {"shmmax": (1 << 64) - 1, "shmall": (1 << 64) - 1, "shmmni": MOST_IDS, "shm_rmid_forced": 1, "msgmax": INT_MAX,
-          "msgmnb": INT_MAX, "msgmni": MOST_IDS}  # fmt: skip
+RANGES = {"shmmax": (1 << 64) - 1, "shmall": (1 << 64) - 1, "shmmni": MAX_IDS, "shm_rmid_forced": 1, "msgmax": INT[1],
+          "msgmnb": INT[1], "msgmni": MAX_IDS}  # fmt: skip
 TABLES = {"msg": "messages", "sem": "semaphores", "shm": "segments"}
 MSG = (
     "       key      msqid perms      cbytes       qnum lspid lrpid   uid   gid  cuid  cgid      stime      rtime      "
@@ -80,11 +78,9 @@ class _NextId(TextInode):
     """The id for the next object; only who restores programs may write it (ipc_permissions)."""
 
     def __init__(self, sb: SuperBlock, table: str) -> None:
-        from kvmsentry.fs.proc.sysctl import numbers
-
         def store(task: Task, data: bytes) -> None:
             own: IpcTable = getattr(namespace(task), table)
-            own.next_id = numbers(data, [own.next_id], (0, INT_MAX))[0]
+            own.next_id = numbers(data, [own.next_id], (0, INT[1]))[0]
 
         super().__init__(sb, lambda task: f"{getattr(namespace(task), table).next_id}\n", 0o444, store)
 
@@ -98,8 +94,6 @@ class _NextId(TextInode):
 
 
 def _limit(sb: SuperBlock, name: str, most: int) -> TextInode:
-    from kvmsentry.fs.proc.sysctl import numbers
-
     def store(task: Task, data: bytes) -> None:
         ipc = namespace(task)
         ipc.limits[name] = numbers(data, [ipc.limits[name]], (0, most))[0]
@@ -110,12 +104,10 @@ def _limit(sb: SuperBlock, name: str, most: int) -> TextInode:
 
 
 def _sem(sb: SuperBlock) -> TextInode:
-    from kvmsentry.fs.proc.sysctl import INT, numbers
-
     def store(task: Task, data: bytes) -> None:
         ipc = namespace(task)
         semmsl, semmns, semopm, semmni = numbers(data, list(ipc.sem), INT)
-        fine = 0 <= semmni <= MOST_IDS
+        fine = 0 <= semmni <= MAX_IDS
         ipc.sem = semmsl, semmns, semopm, semmni if fine else ipc.sem[3]
         if not fine:
             raise Errno(errno.ERANGE)  # sem_check_semmni: the others are set
