@@ -450,16 +450,6 @@ def writev(task: Task, fd: Fd, vec: UserPtr, count: Size) -> Any:
     """writev(2)."""
     file = writable(task.files.files.get(fd))
     iov, total = fetch_iov(task, vec, count)
-    if not file.seekable and 0 < total <= BIG and not file.flags & TASK_IO:
-        try:
-            n = file.write(iov_views(task, iov, False))
-        except Errno as error:
-            return write_failed(task, error)
-        if n == total:
-            if WATCHES:
-                modified(file)
-            return n
-        return _write_rest(task, file, lambda done: iov_views(task, iov, False, done), total, n)
     return _writev(task, file, iov, total)
 
 
