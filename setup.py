@@ -10,7 +10,7 @@ import os
 import runpy
 import subprocess
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -96,5 +96,14 @@ class BuildExt(build_ext):
 
 setup(
     cmdclass={"build_ext": BuildExt},
+    ext_modules=[
+        Extension(
+            "kvmsentry.vcpu._dispatch",
+            sources=["kvmsentry/vcpu/dispatch.c"],
+            depends=[*glob.glob("kvmsentry/vcpu/*.h"), "guest_stub/layout.h", "guest_stub/out/constants.h"],
+            include_dirs=["kvmsentry/vcpu", "guest_stub", "guest_stub/out"],
+            extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+        )
+    ],
     cffi_modules=[f"{path}:ffibuilder" for path in sorted(glob.glob("kvmsentry/*/cffi_build.py"))],
 )

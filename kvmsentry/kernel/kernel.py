@@ -1,9 +1,13 @@
 """The Sentry's one thread: takes events from the platform, runs handlers and coroutines, answers.
 
-    platform.wait() -> ctx --EV_SYSCALL--> table row --int--> ctx.reply
-                                                  --coroutine--> step ... park ... step --int--> ctx.reply
-                           --EV_FAULT----> mm.handle_fault, else SIGSEGV
-                           --EV_KICKED---> exit_to_user
+    serve() -> ctx --EV_SYSCALL--> table row --int--> ctx.reply
+                                             --coroutine--> step ... park ... step --int--> ctx.reply
+                   --EV_FAULT----> mm.handle_fault, else SIGSEGV
+                   --EV_KICKED---> exit_to_user
+
+Of system calls, `serve`, which is the platform's, makes and answers most by itself, in C where that is faster: those of
+tasks that have no work pending and are not looked at by strace, a filter or a tracer, as long as a handler returns an
+int. It says what is left: a call that was made, a call that is to be made, any other event.
 
 Before a task with `work` pending goes back to application code it passes `exit_to_user`, a coroutine of
 kernel/signals.py that delivers signals, stops, or dies. Exactly one of reply, reload, park and release answers each
@@ -27,7 +31,7 @@ from kvmsentry.kernel.traps import Sleep, Timers
 from kvmsentry.syscall import table
 from kvmsentry.syscall.names import NAMES
 from kvmsentry.syscall.table import GONE, RELOAD
-from kvmsentry.vcpu.layout import EV_EXCEPTION, EV_FAULT, EV_HOST_ERROR, EV_KICKED, EV_SYSCALL, RAX
+from kvmsentry.vcpu.layout import EV_EXCEPTION, EV_FAULT, EV_HOST_ERROR, EV_KICKED, EV_SYSCALL, NEVER, RAX
 
 PID_MAX = 32768
 RESTARTS = (-traps.ERESTARTSYS, -traps.ERESTARTNOINTR, -traps.ERESTARTNOHAND, -traps.ERESTART_RESTARTBLOCK)
@@ -93,38 +97,26 @@ class Kernel:
     # -- the loop ----------------------------------------------------------------------------------
     def run(self) -> int:
         """Serve until init is gone and every task with it; returns init's wait status (wait(2))."""
-        platform, ready, timers, calls = self.platform, self.ready, self.timers, table.calls
-        wait, step = platform.wait, self.step
-        timers_ran = False  # since the last wait
+        ready, timers, deferred, calls = self.ready, self.timers, self.deferred, table.calls
+        serve, step = self.platform.server(self, table.rows, Task), self.step
         while True:
             while ready:
                 step(ready.popleft())
-            if self.deferred:
-                work, self.deferred = self.deferred, []
+            if deferred:
+                work = deferred[:]
+                deferred.clear()
                 for call in work:
                     call()
                 continue
             if self.exit_status is not None and not self.tasks:
                 return self.exit_status
-            if timers.heap:
-                deadline = timers.next_deadline()
-                if deadline is None:
-                    timeout = -1
-                else:
-                    now = self.now()
-                    if deadline > now:
-                        timeout = deadline - now
-                    elif timers_ran:
-                        timeout = 0  # guests have their turn also when some timer is always due
-                    else:
-                        timers.run(now)
-                        timers_ran = True
-                        continue
-            else:
-                timeout = -1
-            timers_ran = False
-            ctx = wait(timeout)
+            ctx = serve()
             if ctx is None:
+                if timers.deadline != NEVER:
+                    timers.run(self.now())
+                continue
+            if ctx.__class__ is tuple:
+                self.made(*ctx)
                 continue
             task: Task = ctx.owner
             if ctx.event != EV_SYSCALL:
@@ -137,17 +129,18 @@ class Kernel:
             nr = task.orig_rax = ctx.nr
             call_row = calls[nr] if nr < 512 else None
             try:
-                if call_row is None:
-                    result = self.unknown_syscall(task, nr)
-                else:
-                    result = call_row(task, ctx.args)
+                result = call_row(task, ctx.args) if call_row is not None else self.unknown_syscall(task, nr)
             except Errno as error:
                 result = self.refused(task, error)
-            if result.__class__ is int and not task.work and not -517 < result < -511:
-                task.in_guest = True
-                ctx.reply(result)
-            else:
-                self.finish(task, result)
+            self.finish(task, result)
+
+    def made(self, task: Task, result: Any) -> None:
+        """The platform has made a system call of `task`: what its handler returned, or the exception it raised."""
+        if isinstance(result, BaseException):
+            if not isinstance(result, Errno):
+                raise result
+            result = self.refused(task, result)
+        self.finish(task, result)
 
     def refused(self, task: Task, error: Errno) -> int:
         """A handler raised `error`: the result. An access of user memory that finds none left ends the process."""

@@ -208,7 +208,17 @@ class Process:
 
 
 class Task:
-    """A thread: something with registers. `ctx` is the platform's context while it has one."""
+    """A thread: something with registers. `ctx` is the platform's context while it has one. vcpu/dispatch.c
+    reads and writes some of the attributes, too."""
+
+    __slots__ = (
+        "_seccomp", "affinity", "altstack", "blocked", "clear_child_tid", "comm", "coro", "creds", "ctx", "dead",
+        "deadline", "default_timerslack", "files", "forced_flags", "fs", "in_guest", "ioprio", "kernel", "mm",
+        "nice", "nr", "ns", "numbers", "orig_rax", "pdeath_signal", "pending", "policy", "process", "ptrace",
+        "reqkey", "restart", "robust_list", "rseq", "saved_blocked", "session_keyring", "sighand", "sleep", "slow",
+        "start_time", "stop_parked", "system_time", "thread_keyring", "tid", "timerslack", "touched", "tracees",
+        "trap", "user_time", "uts", "vfork_done", "vtid", "work",
+    )  # fmt: skip
 
     def __init__(self, kernel: Kernel, tid: int, process: Process, mm: Any, files: FdTable, fs: FsContext,
                  sighand: SigHand, creds: Credentials) -> None:  # fmt: skip
@@ -254,6 +264,7 @@ class Task:
         self.ioprio = 0
         self.session_keyring: Any = None  # kernel/keys.py
         self.thread_keyring: Any = None
+        self.reqkey = 0  # KEYCTL_SET_REQKEY_KEYRING
         process.threads[tid] = self
 
     @property

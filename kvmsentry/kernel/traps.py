@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
+from kvmsentry.vcpu.layout import NEVER
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.kernel import Kernel
@@ -192,29 +193,31 @@ class Timers:
     """All timers of the kernel, on its monotonic clock in ns. Cancelled ones stay in the heap until due or until they
     outnumber the live ones."""
 
-    __slots__ = ("heap", "_sequence", "_kernel")
+    __slots__ = ("heap", "deadline", "_sequence", "_kernel")
 
     def __init__(self, kernel: Kernel) -> None:
         self.heap: list[tuple[int, int, Timer]] = []
+        self.deadline = NEVER  # of the earliest, live or cancelled; read from C too (vcpu/dispatch.c)
         self._sequence = 0
         self._kernel = kernel
 
     def at(self, deadline: int, callback: Callable[[], None]) -> Timer:
         """Call `callback()` on the Sentry thread once `kernel.now()` has reached `deadline` (ns)."""
         timer = Timer(deadline, callback)
+        heap = self.heap
         self._sequence += 1
-        if len(self.heap) > 4096 and self._sequence % 4096 == 0:
-            self.heap = [entry for entry in self.heap if entry[2].callback is not None]
-            heapq.heapify(self.heap)
-        heapq.heappush(self.heap, (deadline, self._sequence, timer))
+        if len(heap) > 4096 and self._sequence % 4096 == 0:
+            heap[:] = [entry for entry in heap if entry[2].callback is not None]
+            heapq.heapify(heap)
+        self._drop_cancelled()
+        heapq.heappush(heap, (deadline, self._sequence, timer))
+        self.deadline = heap[0][0]
         return timer
 
-    def next_deadline(self) -> int | None:
-        """ns of the earliest live timer, None when there is none."""
+    def _drop_cancelled(self) -> None:
         heap = self.heap
         while heap and heap[0][2].callback is None:
             heapq.heappop(heap)
-        return heap[0][0] if heap else None
 
     def run(self, now: int) -> None:
         """Call what is due."""
@@ -224,3 +227,5 @@ class Timers:
             callback, timer.callback = timer.callback, None
             if callback is not None:
                 callback()
+        self._drop_cancelled()
+        self.deadline = heap[0][0] if heap else NEVER

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import socket
-import struct
 from array import array
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +15,13 @@ from typing import Any
 from kvmsentry.errors import BrokenInvariant, Errno, HostError
 from kvmsentry.vcpu import layout
 from kvmsentry.vcpu.common import CALL_SIZE, REGS_SIZE, ContextState, HostSide
-from kvmsentry.vcpu.layout import EV_FAULT, EV_SYSCALL, EVENT_NAMES, RIP
+from kvmsentry.vcpu.layout import EV_FAULT, EVENT_NAMES, RIP
 
 from ._ptrace import ffi, lib
 from .decode import stores
 from .memory import GPA_LIST, GuestMemory
 from .space import MAX_FDS, NX, PAGE, SYS_CLOSE, SYS_MMAP, SYS_MUNMAP, SYS_RECVMSG, P, W
 
-_unpack_args = struct.Struct("6Q").unpack_from
 POOL = 8  # stub processes kept for the next address space
 POOL_THREADS = 4  # ... that have no more threads than this
 OPS, WORDS = lib.PT_OPS, lib.PT_OP_WORDS
@@ -400,14 +398,8 @@ class Tracer(HostSide):
     def wait(self, timeout_ns: int, _wait: Any = lib.pt_wait) -> Context | None:
         """The next context with an event. None: the time is over, host descriptors were served, or wake().
         timeout_ns < 0 waits for ever, 0 looks once."""
-        n = _wait(self._m, timeout_ns)
-        if 0 <= n <= 0xFFFF:  # EV_SYSCALL << 16 | id
-            ctx = self._contexts[n]
-            ctx.event = EV_SYSCALL
-            ctx.nr = ctx._nr[0]
-            ctx.args = _unpack_args(ctx._args)
-            return ctx
-        return self._other(n)
+        ctx: Context | None = self._event(_wait(self._m, timeout_ns))
+        return ctx
 
     def _explain(self, ctx: Context) -> bool:
         c = ctx._c

@@ -103,7 +103,7 @@ def request_key(task: Task, type: UserPtr, description: UserPtr, callout: UserPt
 def _check_destination(task: Task) -> None:
     """EACCES when a key that was made for request_key(2) could not go where KEYCTL_SET_REQKEY_KEYRING says
     (construct_get_dest_keyring). Where a keyring does not exist, the next one is meant."""
-    chosen: int = task.__dict__.get("reqkey", 0)
+    chosen = task.reqkey
     chain = (keys.THREAD, keys.PROCESS, keys.SESSION, keys.USER_SESSION)
     for number in {4: (keys.USER_RING,), 5: chain[3:]}.get(chosen, chain[max(chosen, 1) - 1 :]):
         try:
@@ -264,14 +264,14 @@ def _no_authority(task: Task, *_: int) -> int:
 
 def _reqkey_keyring(task: Task, number: int, *_: int) -> int:
     """KEYCTL_SET_REQKEY_KEYRING: -1 reads, 0..5 and 7 are keyrings that a made key would go to."""
-    old: int = task.__dict__.get("reqkey", 0)
+    old = task.reqkey
     if number == -1:
         return old
     if number not in (0, 1, 2, 3, 4, 5, 7):
         return -errno.EINVAL
     if number in (1, 2, 3):
         keys.lookup(task, -number, 0, create=True)
-    task.__dict__["reqkey"] = number
+    task.reqkey = number
     return old
 
 

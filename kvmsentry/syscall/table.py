@@ -20,14 +20,19 @@ NR_SYSCALLS = 512
 
 
 class Kind:
-    """How one register becomes an argument: an expression over `{}` and the name that strace prints it by."""
+    """How one register becomes an argument: the C type, by its letter in the struct module, and the name that strace
+    prints it by."""
 
-    def __init__(self, name: str, expression: str, show: str) -> None:
-        self.name, self.expression, self.show = name, expression, show
+    def __init__(self, name: str, letter: str, show: str) -> None:
+        self.name, self.letter, self.show = name, letter, show
 
 
-_S32 = "(({} & 0x7fffffff) - ({} & 0x80000000))"
-_S64 = "(({} & 0x7fffffffffffffff) - ({} & 0x8000000000000000))"
+_EXPRESSIONS = {
+    "i": "(({} & 0x7fffffff) - ({} & 0x80000000))",
+    "I": "({} & 0xffffffff)",
+    "q": "(({} & 0x7fffffffffffffff) - ({} & 0x8000000000000000))",
+    "Q": "{}",
+}
 
 # The annotations of handlers. For mypy they are all plain ints; `KINDS` maps the name to its conversion.
 Fd = int
@@ -47,20 +52,20 @@ DirFd = int
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("Fd", _S32, "fd"),
-        Kind("DirFd", _S32, "dirfd"),
-        Kind("Int", _S32, "int"),
-        Kind("Pid", _S32, "int"),
-        Kind("Signal", _S32, "signal"),
-        Kind("UInt", "({} & 0xffffffff)", "hex"),
-        Kind("Mode", "({} & 0xffffffff)", "octal"),
-        Kind("OpenFlags", "({} & 0xffffffff)", "open_flags"),
-        Kind("Long", _S64, "int"),
-        Kind("Offset", _S64, "int"),
-        Kind("ULong", "{}", "hex"),
-        Kind("Size", "{}", "int"),
-        Kind("UserPtr", "{}", "pointer"),
-        Kind("Path", "{}", "path"),
+        Kind("Fd", "i", "fd"),
+        Kind("DirFd", "i", "dirfd"),
+        Kind("Int", "i", "int"),
+        Kind("Pid", "i", "int"),
+        Kind("Signal", "i", "signal"),
+        Kind("UInt", "I", "hex"),
+        Kind("Mode", "I", "octal"),
+        Kind("OpenFlags", "I", "open_flags"),
+        Kind("Long", "q", "int"),
+        Kind("Offset", "q", "int"),
+        Kind("ULong", "Q", "hex"),
+        Kind("Size", "Q", "int"),
+        Kind("UserPtr", "Q", "pointer"),
+        Kind("Path", "Q", "path"),
     )
 }
 
@@ -100,7 +105,7 @@ class Row:
     def compile(self) -> Callable[[Any, tuple[int, ...]], Any]:
         """The function (task, six registers) that converts and calls; takes its place in `calls`."""
         arguments = "".join(
-            ", " + kind.expression.replace("{}", f"a[{index}]") for index, (_, kind) in enumerate(self.kinds)
+            ", " + _EXPRESSIONS[kind.letter].replace("{}", f"a[{index}]") for index, (_, kind) in enumerate(self.kinds)
         )
         # The source is ours alone: names from KINDS.
         call: Callable[[Any, tuple[int, ...]], Any] = eval(
@@ -108,6 +113,10 @@ class Row:
         )
         calls[self.nr] = call
         return call
+
+    def plan(self) -> tuple[Callable[..., Any], str]:
+        """The handler and the letters of its arguments' kinds, for a dispatcher that converts by itself."""
+        return self.handler, "".join(kind.letter for _, kind in self.kinds)
 
     def call(self, task: Any, args: tuple[int, ...]) -> Any:
         """Convert and call; stands in `calls` until the row is first used: compiling all would cost start-up time."""

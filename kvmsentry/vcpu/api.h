@@ -10,6 +10,7 @@
 
 struct ks_machine;
 struct ks_vcpu;
+struct ks_doors;
 
 struct ks_traits {
 	int ring0_native;	/* ring 0 runs at the processor's speed */
@@ -59,6 +60,7 @@ uint32_t ks_vector(struct ks_vcpu *v);
 int ks_owner(struct ks_vcpu *v);
 int ks_where(struct ks_vcpu *v);
 
+int ks_look(struct ks_machine *m);
 int ks_wait(struct ks_machine *m, int64_t timeout);
 void ks_reply(struct ks_vcpu *v, int64_t result);
 void ks_reload(struct ks_vcpu *v);
@@ -73,6 +75,8 @@ void ks_set_xsave(struct ks_vcpu *v, const void *data, uint32_t length);
 int ks_xsave(struct ks_vcpu *v, void *to, uint32_t length);
 void ks_wake(struct ks_machine *m);
 uint64_t ks_host_event(struct ks_machine *m, int i);
+/* For dispatch.c, which is a shared object of its own. */
+const struct ks_doors *ks_doors(void);
 
 void *ks_reserve(uint64_t length);
 void ks_unreserve(void *base, uint64_t length);

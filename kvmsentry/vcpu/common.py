@@ -1,5 +1,5 @@
-"""What both platforms share: a context's attributes, which contexts there are, what wait() got that is no system call,
-host descriptors in the wait's epoll, and the vDSO."""
+"""What both platforms share: a context's attributes, which contexts there are, what wait() got, host descriptors in the
+wait's epoll, and the vDSO."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from kvmsentry.errors import BrokenInvariant, HostError
 
 from ._kvm import ffi, lib
-from .layout import EV_EXCEPTION, EV_FAULT, EV_HOST_ERROR, EV_SYSCALL, NREGS
+from .layout import EV_EXCEPTION, EV_FAULT, EV_HOST_ERROR, EV_SYSCALL, NEVER, NREGS
 
 # What the C wait returns beside event << 16 | id: the same numbers in both api.h.
 HOST: int = lib.KS_HOST  # host descriptors are ready
@@ -24,35 +24,38 @@ class ContextState:
     """What an event left, and whose processor this is: `c` is the platform's C structure, `regs` and `call` are its
     memory. The attributes of an event hold until the context is answered."""
 
-    __slots__ = ("_args", "_c", "_nr", "args", "error_code", "event", "fault_address", "id", "mmu", "next_mmu", "nr",
-                 "owner", "regs", "vector")  # fmt: skip
+    __slots__ = ("_call", "_c", "error_code", "event", "fault_address", "id", "mmu", "next_mmu", "owner", "regs",
+                 "vector")  # fmt: skip
 
     regs: memoryview
     event: int
-    nr: int
-    args: tuple[int, ...]
 
     def __init__(self, c: Any, number: int, regs: Any, call: Any) -> None:
         self._c = c
         self.id = number
         self.regs = memoryview(regs).cast("B").cast("Q")
-        words = memoryview(call).cast("B")  # EV_SYSCALL: number and arguments
-        self._nr = words[:8].cast("Q")
-        self._args = words[8:]
+        self._call = memoryview(call).cast("B").cast("Q")
         self.mmu: Any = None
         self.next_mmu: Any = None
         self.owner: Any = None
         self.event = EV_SYSCALL
-        self.nr = 0
-        self.args = ()
         self.fault_address = self.error_code = self.vector = 0
 
     def _forget(self) -> None:
         """Before the C structure is freed."""
         self.regs.release()
-        self._nr.release()
-        self._args.release()
+        self._call.release()
         self._c = None
+
+    @property
+    def nr(self) -> int:
+        """EV_SYSCALL: the number, RAX."""
+        return self._call[0]
+
+    @property
+    def args(self) -> tuple[int, ...]:
+        """EV_SYSCALL: the six arguments."""
+        return tuple(self._call[1:])
 
 
 REGS_SIZE, CALL_SIZE = NREGS * 8, 7 * 8
@@ -89,6 +92,39 @@ class HostSide(ABC):
             raise BrokenInvariant("a context is released twice")
 
     # The wait.
+
+    @abstractmethod
+    def wait(self, timeout_ns: int) -> Any:
+        """The next context with an event. None: the time is over, host descriptors were served, or wake().
+        timeout_ns < 0 waits for ever, 0 looks once."""
+
+    def server(self, kernel: Any, rows: list[Any], task_type: type) -> Callable[[], Any]:
+        """What kernel.run() calls for its next event: here wait() until the next timer, nothing more. None also when a
+        timer is due; it is told so at most every other time, so that guests have their turn where one always is. `rows`
+        is the table of system calls."""
+        wait, timers, now = self.wait, kernel.timers, kernel.now
+        looked = False
+
+        def serve() -> Any:
+            nonlocal looked
+            if timers.deadline == NEVER:
+                return wait(-1)
+            left = timers.deadline - now()
+            if left > 0 or not looked:
+                looked = left <= 0
+                return wait(max(left, 0))
+            looked = False
+            return None
+
+        return serve
+
+    def _event(self, n: int) -> Any:
+        """What the C wait returned, as wait() does."""
+        if 0 <= n <= 0xFFFF:  # EV_SYSCALL << 16 | id
+            ctx = self._contexts[n]
+            ctx.event = EV_SYSCALL
+            return ctx
+        return self._other(n)
 
     def _other(self, n: int) -> Any:
         """What wait() does with all but system calls: the context, or None."""

@@ -163,6 +163,13 @@ struct ks_machine {
 	struct ks_vcpu *service;
 };
 
+/* What dispatch.c calls. */
+struct ks_doors {
+	int (*look)(struct ks_machine *m);
+	int (*wait)(struct ks_machine *m, int64_t timeout);
+	void (*reply)(struct ks_vcpu *v, int64_t result);
+};
+
 static inline u64 ks_ticks(void)
 {
 	u32 lo, hi;

@@ -31,6 +31,8 @@ EV_HOST_ERROR = 4  # KVM_RUN failed or ended in a way that nothing here asked fo
 NEVENTS = 5
 EVENT_NAMES = ("syscall", "fault", "exception", "kicked", "host_error")
 
+NEVER = (1 << 63) - 1  # the deadline of no timer: ns of the kernel's clock
+
 # Why a vCPU left the guest, as the runner counts it. What stays in the host's kernel (a doorbell, a fault that KVM
 # mends itself) is no exit.
 EXIT_PARK = 0  # to sleep until answered

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,16 +16,15 @@ from typing import Any
 from kvmsentry.errors import BrokenInvariant, Errno, HostError
 
 from . import layout
+from ._dispatch import dispatcher
 from ._kvm import ffi, lib
 from .common import CALL_SIZE, REGS_SIZE, ContextState, HostSide
 from .layout import EV_SYSCALL, EXIT_NAMES, LINEAR_PML4, STUB_PML4
 from .memory import PAGE, GuestMemory
 from .traits import open_kvm, refusal, traits
 
-_unpack_args = struct.Struct("6Q").unpack_from
 _reply = lib.ks_reply
 _reload = lib.ks_reload
-_wait = lib.ks_wait
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 TABLE = 3  # present, writable, supervisor
@@ -271,14 +269,25 @@ class Machine(HostSide):
     def wait(self, timeout_ns: int) -> Context | None:
         """The next context with an event. None: the time is over, host descriptors were served, or wake().
         timeout_ns < 0 waits for ever, 0 looks once."""
-        n = _wait(self._m, timeout_ns)
-        if 0 <= n <= 0xFFFF:  # EV_SYSCALL << 16 | id
-            ctx = self._contexts[n]
-            ctx.event = EV_SYSCALL
-            ctx.nr = ctx._nr[0]
-            ctx.args = _unpack_args(ctx._args)
-            return ctx
-        return self._other(n)
+        ctx: Context | None = self._event(lib.ks_wait(self._m, timeout_ns))
+        return ctx
+
+    def server(self, kernel: Any, rows: list[Any], task_type: type) -> Callable[[], Any]:
+        """What kernel.run() calls for its next event. System calls of `rows` that nothing stands in the way of are made
+        and answered in it (dispatch.c). A context with an event, (task, result) for a call that was made and is yet to
+        be answered, or None when something else is to do."""
+        if kernel.strace is not None:
+            return super().server(kernel, rows, task_type)
+        dispatch = dispatcher(
+            int(ffi.cast("uintptr_t", lib.ks_doors())), int(ffi.cast("uintptr_t", self._m)), rows, self._contexts,
+            kernel.ready, kernel.deferred, kernel.timers, kernel.boot_monotonic, Errno, EV_SYSCALL, Context, task_type,
+        )  # fmt: skip
+
+        def serve() -> Any:
+            got = dispatch()
+            return self._event(got) if got.__class__ is int else got
+
+        return serve
 
     def _explain(self, ctx: Context) -> bool:
         v = ctx._c

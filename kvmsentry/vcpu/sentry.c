@@ -184,11 +184,12 @@ static void wake_due(struct ks_machine *m)
 		ring_runner(v->on);
 }
 
-int ks_wait(struct ks_machine *m, int64_t timeout)
+/* What needs no waiting: an event, or KS_HOST; KS_TIMEOUT when there is nothing. */
+int ks_look(struct ks_machine *m)
 {
 	struct ks_vcpu *v;
-	u64 start, now, spin = 0, end = 0;
-	int n, slept = 0;
+	u64 now;
+	int n;
 
 	if (m->due && ks_ticks() - m->due_at > ks_us(m, DUE_US))
 		wake_due(m);
@@ -202,16 +203,27 @@ int ks_wait(struct ks_machine *m, int64_t timeout)
 			return n > 0 ? KS_HOST : n - KS_FAILED;
 	}
 	v = scan(m);
-	if (v) {
-		m->spin.gap -= m->spin.gap / 8;
-		/* Never a reason to sleep: host descriptors get their turn all the same. */
-		if (m->count_events & 31)
-			return found(v);
+	if (!v)
+		return KS_TIMEOUT;
+	m->spin.gap -= m->spin.gap / 8;
+	/* Never a reason to sleep: host descriptors get their turn all the same. */
+	if (!(m->count_events & 31)) {
 		now = ks_ticks();
 		if (now - m->polled > ks_us(m, POLL_US))
 			m->host_due = 1;
-		return found(v);
 	}
+	return found(v);
+}
+
+int ks_wait(struct ks_machine *m, int64_t timeout)
+{
+	struct ks_vcpu *v;
+	u64 start, now, spin = 0, end = 0;
+	int n, slept = 0;
+
+	n = ks_look(m);
+	if (n != KS_TIMEOUT)
+		return n;
 	start = now = ks_ticks();
 	if (timeout > 0)
 		end = start + (u64)((unsigned __int128)timeout * m->tsc_khz / 1000000);
@@ -654,4 +666,11 @@ void ks_wake(struct ks_machine *m)
 u64 ks_host_event(struct ks_machine *m, int i)
 {
 	return i < m->nhost ? (u64)m->host[i].events << 32 | (u32)m->host[i].data.fd : 0;
+}
+
+const struct ks_doors *ks_doors(void)
+{
+	static const struct ks_doors doors = { ks_look, ks_wait, ks_reply };
+
+	return &doors;
 }

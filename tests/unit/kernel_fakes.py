@@ -22,6 +22,7 @@ from kvmsentry.kernel import fork
 from kvmsentry.kernel.kernel import Kernel
 from kvmsentry.kernel.task import Credentials, Task
 from kvmsentry.syscall import table
+from kvmsentry.vcpu.common import HostSide
 from kvmsentry.vcpu.layout import EV_EXCEPTION, EV_FAULT, EV_KICKED, EV_SYSCALL, R8, R9, R10, RAX, RDI, RDX, RIP, RSI
 
 if table.rows[39] is None:
@@ -97,6 +98,7 @@ class FakeKernelPlatform:
 
     xsave_size, xcr0 = 832, 7
     name, traits, counters = "fake", {}, {}
+    server = HostSide.server
 
     def __init__(self, world: World) -> None:
         self.memory = world.memory
