@@ -222,7 +222,7 @@ def clone(
     child.timerslack = child.default_timerslack = task.timerslack
     _inherit_schedule(task, child)
     child.seccomp, child.ioprio = task.seccomp, task.ioprio
-    child.session_keyring = task.session_keyring
+    child.session_keyring, child.reqkey, child.mempolicy = task.session_keyring, task.reqkey, task.mempolicy
     if not flags & CLONE_VM:
         child.rseq = task.rseq
         child.altstack = task.altstack

@@ -213,8 +213,8 @@ class Task:
 
     __slots__ = (
         "_seccomp", "affinity", "altstack", "blocked", "clear_child_tid", "comm", "coro", "creds", "ctx", "dead",
-        "deadline", "default_timerslack", "files", "forced_flags", "fs", "in_guest", "ioprio", "kernel", "mm",
-        "nice", "nr", "ns", "numbers", "orig_rax", "pdeath_signal", "pending", "policy", "process", "ptrace",
+        "deadline", "default_timerslack", "files", "forced_flags", "fs", "in_guest", "ioprio", "kernel", "mempolicy",
+        "mm", "nice", "nr", "ns", "numbers", "orig_rax", "pdeath_signal", "pending", "policy", "process", "ptrace",
         "reqkey", "restart", "robust_list", "rseq", "saved_blocked", "session_keyring", "sighand", "sleep", "slow",
         "start_time", "stop_parked", "system_time", "thread_keyring", "tid", "timerslack", "touched", "tracees",
         "trap", "user_time", "uts", "vfork_done", "vtid", "work",
@@ -264,6 +264,7 @@ class Task:
         self.ioprio = 0
         self.session_keyring: Any = None  # kernel/keys.py
         self.thread_keyring: Any = None
+        self.mempolicy = (0, 0)  # set_mempolicy(2): mode and nodes
         self.reqkey = 0  # KEYCTL_SET_REQKEY_KEYRING
         process.threads[tid] = self
 

@@ -240,7 +240,7 @@ def set_mempolicy(task: Task, mode: Int, nodemask: UserPtr, maxnode: ULong) -> i
     nodes = _nodes(task, nodemask, maxnode)
     if policy >= MPOL_MAX or (policy == MPOL_DEFAULT and nodes) or nodes & ~1:
         return -errno.EINVAL
-    task.mempolicy = (mode, nodes)  # type: ignore[attr-defined]
+    task.mempolicy = mode, nodes
     return 0
 
 
@@ -253,7 +253,7 @@ def get_mempolicy(task: Task, policy: UserPtr, nodemask: UserPtr, maxnode: ULong
             return -errno.EFAULT
     elif addr and not flags & MPOL_F_MEMS_ALLOWED:
         return -errno.EINVAL
-    mode, nodes = getattr(task, "mempolicy", (MPOL_DEFAULT, 0))
+    mode, nodes = task.mempolicy
     if flags & MPOL_F_MEMS_ALLOWED:
         nodes = 1
     if policy:

@@ -166,12 +166,20 @@ static void sleepless_clocks(void)
 
 static void memory_policies(void)
 {
-	int mode = -1;
+	unsigned long first_node = 1;
+	int mode = -1, status;
 
 	CHECK(syscall(SYS_get_mempolicy, &mode, NULL, 0, &mode, 2) == 0 && mode == 0); /* MPOL_F_ADDR */
 	FAILS(syscall(SYS_get_mempolicy, &mode, NULL, 0, NULL, 2), EFAULT);
 	FAILS(syscall(SYS_get_mempolicy, &mode, NULL, 0, &mode, 0), EINVAL);
 	FAILS(syscall(SYS_get_mempolicy, &mode, NULL, 0, NULL, 64), EINVAL);
+
+	/* It is a thread's, and its children's. */
+	CHECK(syscall(SYS_set_mempolicy, 2, &first_node, 64) == 0);	/* MPOL_BIND */
+	if (!fork())
+		_exit(syscall(SYS_get_mempolicy, &mode, NULL, 0, NULL, 0) || mode != 2);
+	CHECK(wait(&status) > 0 && status == 0);
+	CHECK(syscall(SYS_set_mempolicy, 0, NULL, 0) == 0);
 }
 
 static void barriers(void)

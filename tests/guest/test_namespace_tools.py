@@ -18,7 +18,8 @@ COMMANDS = {
     "ipcs -q | wc -l",
     "unshare-net": "unshare -n sh -c 'wc -l </proc/self/net/dev'",
     "unshare-time": "unshare -T --boottime 8640000 --monotonic 864000 sh -c 'cat /proc/self/timens_offsets; "
-    "expr $(cut -d. -f1 /proc/uptime) / 8640000; exec sleep 60' & sleep 0.5; cat /proc/$!/timens_offsets; "
+    "expr $(cut -d. -f1 /proc/uptime) / 8640000; exec sleep 60' & "
+    "until grep -qx sleep /proc/$!/comm; do sleep 0.1; done; cat /proc/$!/timens_offsets; "
     "nsenter -t $! -T sh -c 'expr $(cut -d. -f1 /proc/uptime) / 8640000; readlink /proc/self/ns/time' "
     "| grep -cxF -e 1 -e $(readlink /proc/$!/ns/time); kill -9 $!",
     "kill-child": "unshare -pf --kill-child sh -c 'kill -9 1; echo alive'",
