@@ -65,6 +65,10 @@ class AnonFile(File):
         """What readlink(2) of /proc/PID/fd/N gives."""
         return b"anon_inode:[" + self.name + b"]"
 
+    def seek(self, offset: int, whence: int) -> int:
+        """Nothing happens (noop_llseek)."""
+        return self.pos
+
     def fsync(self) -> None:
         """EINVAL, as for everything that has no storage."""
         raise Errno(errno.EINVAL)

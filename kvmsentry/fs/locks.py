@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 END = 1 << 63  # OFFSET_MAX + 1
 F_RDLCK, F_WRLCK, F_UNLCK = 0, 1, 2  # uapi/asm-generic/fcntl.h
 MAX_RECORDS = 16384  # on one inode; ENOLCK beyond
-LOCK_SH, LOCK_EX, LOCK_NB, LOCK_UN = 1, 2, 4, 8
+LOCK_SH, LOCK_EX, LOCK_NB, LOCK_UN, LOCK_MAND = 1, 2, 4, 8, 32
 
 
 class Record:

@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from kvmsentry.kernel.task import Credentials, Task
 
 S_IFMT, S_IFDIR, S_IFREG, S_IFLNK = 0o170000, 0o040000, 0o100000, 0o120000  # uapi/linux/stat.h
-RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4  # uapi/linux/fs.h
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # uapi/linux/fs.h
 CAP_CHOWN, CAP_FSETID, CAP_MKNOD = 0, 4, 27  # uapi/linux/capability.h
 _O_TMPFILE = O_TMPFILE & ~O_DIRECTORY
 
@@ -345,13 +345,19 @@ def mkdir_at(task: Task, start: Path | None, path: bytes, mode: int) -> None:
     _entry_event(directory, name, inode, IN_CREATE)
 
 
-def mknod_at(task: Task, start: Path | None, path: bytes, mode: int, rdev: int) -> Path:
-    """mknod(2), and what bind(2) of a Unix socket does; returns the new place."""
+def check_kind(mode: int) -> None:
+    """The kinds of files that mknod(2) makes: EPERM for directories, EINVAL for nonsense (may_mknod)."""
     kind = mode & S_IFMT
     if kind == S_IFDIR:
         raise Errno(errno.EPERM)
     if kind not in (0, S_IFREG, st.S_IFCHR, st.S_IFBLK, st.S_IFIFO, st.S_IFSOCK):
         raise Errno(errno.EINVAL)
+
+
+def mknod_at(task: Task, start: Path | None, path: bytes, mode: int, rdev: int) -> Path:
+    """mknod(2), and what bind(2) of a Unix socket does; returns the new place."""
+    check_kind(mode)
+    kind = mode & S_IFMT
     parent, dentry, name, directory = _new_name(task, start, path)
     # An overlay's whiteout (character device 0, 0) is no device that could do anything.
     if (
@@ -466,17 +472,17 @@ def _is_below(dentry: Dentry, ancestor: Dentry) -> bool:
         dentry = dentry.parent
 
 
+def check_rename_flags(flags: int) -> None:
+    """EINVAL for RENAME_* flags that are unknown, exclude each other, or are not to be had."""
+    if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
+        raise Errno(errno.EINVAL)
+
+
 def rename_at(task: Task, old_start: Path | None, old_path: bytes, new_start: Path | None, new_path: bytes,
               flags: int = 0) -> None:  # fmt: skip
     """renameat2(2)."""
     global _move_cookie
-    if (
-        flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT)
-        or flags & (RENAME_NOREPLACE | RENAME_WHITEOUT)
-        and flags & RENAME_EXCHANGE
-        or flags & RENAME_WHITEOUT
-    ):
-        raise Errno(errno.EINVAL)
+    check_rename_flags(flags)
     old_parent, old_name, old_trailing = walk_parent(task, old_path, old_start)
     new_parent, new_name, new_trailing = walk_parent(task, new_path, new_start)
     if old_parent.mount is not new_parent.mount:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.fs.anon import AnonFile
-from kvmsentry.fs.vfs import O_RDWR, POLLHUP, POLLIN, POLLRDNORM
+from kvmsentry.fs.vfs import O_RDWR, POLLHUP, POLLIN, POLLRDNORM, File
 from kvmsentry.kernel.traps import WaitQueue
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ class PidFile(AnonFile):
     """An open pidfd. `process` None: clone(2) has not made it yet."""
 
     name = b"pidfd"
+    seek = File.seek  # ESPIPE
 
     def __init__(self, process: Process | None, flags: int = 0) -> None:
         super().__init__(O_RDWR | flags)

@@ -113,14 +113,10 @@ class IpcTable:
         raise Errno(errno.ENOSPC)
 
     def find(self, number: int) -> Any:
-        """The object with that id; EINVAL for ids that never were, EIDRM for those that are gone."""
-        if number < 0:
+        """The object with that id; EINVAL (ipc_obtain_object_check). EIDRM is for those who slept when it went."""
+        found = self.objects.get(number & (MAX_IDS - 1)) if number >= 0 else None
+        if found is None or found.id != number:
             raise Errno(errno.EINVAL)
-        found = self.objects.get(number & (MAX_IDS - 1))
-        if found is None:
-            raise Errno(errno.EINVAL)
-        if found.id != number:
-            raise Errno(errno.EIDRM)
         return found
 
     def remove(self, victim: Any) -> None:

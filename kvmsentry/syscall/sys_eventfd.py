@@ -107,9 +107,11 @@ def timerfd_gettime(task: Task, fd: Fd, where: UserPtr) -> int:
 
 # -- signals ---------------------------------------------------------------------------------------------------
 def _signalfd(task: Task, fd: int, mask: int, size: int, flags: int) -> int:
-    if flags & ~(O_CLOEXEC | O_NONBLOCK) or size != 8:
+    if size != 8:
         raise Errno(errno.EINVAL)
     wanted = _mask.unpack(task.mm.read(mask, 8))[0] & ~UNBLOCKABLE
+    if flags & ~(O_CLOEXEC | O_NONBLOCK):
+        raise Errno(errno.EINVAL)
     if fd == -1:
         return install(task, SignalFile(task, wanted, O_RDWR | (flags & O_NONBLOCK)), 0, bool(flags & O_CLOEXEC))
     file = task.files.get_io(fd)

@@ -362,6 +362,8 @@ def seals(task: Task, file: File, command: int, wanted: int) -> int:
 @syscall(73)
 def flock(task: Task, fd: Fd, operation: UInt) -> Any:
     """flock(2)."""
+    if operation & locks.LOCK_MAND:
+        return 0  # nothing of it is left but that it succeeds
     kind = operation & ~locks.LOCK_NB
     if kind not in (locks.LOCK_SH, locks.LOCK_EX, locks.LOCK_UN):
         raise Errno(errno.EINVAL)
@@ -541,6 +543,6 @@ def readahead(task: Task, fd: Fd, offset: Offset, count: Size) -> int:
     file = task.files.get_io(fd)
     if not file.readable:
         raise Errno(errno.EBADF)
-    if file.inode.mode & 0o170000 not in (st.S_IFREG, st.S_IFBLK):
+    if file.inode.mode & 0o170000 not in (st.S_IFREG, st.S_IFBLK) or count >> 63:
         raise Errno(errno.EINVAL)
     return 0

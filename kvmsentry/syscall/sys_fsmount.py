@@ -65,6 +65,7 @@ class ContextFile(AnonFile):
     """What fsopen(2) and fspick(2) give: a file system being made, or one (`mount`'s) being changed."""
 
     name = b"fscontext"
+    seek = File.seek  # ESPIPE
 
     def __init__(self, fstype: str, mount: Mount | None = None) -> None:
         super().__init__(O_RDWR)

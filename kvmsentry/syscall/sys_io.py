@@ -321,9 +321,9 @@ def writable(file: File | None) -> File:
 
 
 def check_range(buf: int, count: int) -> None:
-    """EFAULT when the buffer leaves user space (access_ok), EINVAL for negative sizes."""
+    """EFAULT when the buffer leaves user space (access_ok)."""
     if buf + count > USER_TOP:
-        raise Errno(errno.EFAULT if buf > USER_TOP or count <= SSIZE_MAX else errno.EINVAL)
+        raise Errno(errno.EFAULT)
 
 
 # -- at a position ---------------------------------------------------------------------------------------------------
@@ -482,10 +482,10 @@ def preadv2(task: Task, fd: Fd, vec: UserPtr, count: Size, pos: Offset, high: Lo
     """preadv2(2): position -1 is the file's own."""
     if pos == -1:
         file = readable(task.files.files.get(fd))
-        check_rwf(flags)
         iov, total = fetch_iov(task, vec, count)
         if not total:
             return 0
+        check_rwf(flags)
         return read_views(task, file, lambda done: iov_views(task, iov, True), not flags & RWF_NOWAIT)
     return _preadv(task, fd, vec, count, pos, flags)
 
@@ -524,8 +524,8 @@ def pwritev2(task: Task, fd: Fd, vec: UserPtr, count: Size, pos: Offset, high: L
     if pos != -1:
         return _pwritev(task, fd, vec, count, pos, flags)
     file = writable(task.files.files.get(fd))
-    check_rwf(flags)
     iov, total = fetch_iov(task, vec, count)
+    check_rwf(flags)
     if flags & RWF_APPEND and file.seekable:
         file.pos = file.inode.size
     result = _writev(task, file, iov, total, not flags & RWF_NOWAIT)

@@ -85,9 +85,9 @@ def msgget(task: Task, key: Int, msgflg: Int) -> int:
 @syscall(69)
 def msgsnd(task: Task, msqid: Int, msgp: UserPtr, msgsz: Size, msgflg: Int) -> Any:
     ipc = namespace(task)
+    kind = task.mm.read_u64(msgp)
     if msgsz > ipc.limits["msgmax"] or msqid < 0:
         return -errno.EINVAL
-    kind = task.mm.read_u64(msgp)
     if not 0 < kind < 1 << 63:
         return -errno.EINVAL
     text = task.mm.read(msgp + 8, msgsz)
@@ -166,6 +166,7 @@ def msgctl(task: Task, msqid: Int, cmd: Int, buf: UserPtr) -> int:
         return _highest(table)
     if cmd not in (IPC_RMID, IPC_SET, IPC_STAT, MSG_STAT, MSG_STAT_ANY):
         return -errno.EINVAL
+    raw = task.mm.read(buf, MSQID_DS.size) if cmd == IPC_SET else b""
     queue: MessageQueue = _at(table, msqid) if cmd in (MSG_STAT, MSG_STAT_ANY) else table.find(msqid)
     if cmd in (IPC_STAT, MSG_STAT, MSG_STAT_ANY):
         if cmd != MSG_STAT_ANY:
@@ -186,7 +187,6 @@ def msgctl(task: Task, msqid: Int, cmd: Int, buf: UserPtr) -> int:
         )
         return 0 if cmd == IPC_STAT else queue.id
     if cmd == IPC_SET:
-        raw = task.mm.read(buf, MSQID_DS.size)
         limit = MSQID_DS.unpack(raw)[6]
         if limit > limits["msgmnb"] and not task.creds.capable(cap.SYS_RESOURCE):
             return -errno.EPERM
@@ -224,11 +224,11 @@ def semget(task: Task, key: Int, nsems: Int, semflg: Int) -> int:
 
 
 def _semop(task: Task, semid: int, sops: int, nsops: int, deadline: int | None) -> Any:
-    if not nsops or semid < 0:
-        return -errno.EINVAL
     ipc = namespace(task)
     if nsops > ipc.sem[2]:
         return -errno.E2BIG
+    if not nsops or semid < 0:
+        return -errno.EINVAL
     operations = list(SEMBUF.iter_unpack(task.mm.read(sops, nsops * SEMBUF.size)))
     semaphores: SemaphoreSet = ipc.semaphores.find(semid)
     if any(number >= len(semaphores.values) for number, _, _ in operations):
@@ -272,6 +272,7 @@ def semctl(task: Task, semid: Int, semnum: Int, cmd: Int, arg: ULong) -> int:
         return _highest(table)
     if cmd not in (IPC_RMID, IPC_SET, IPC_STAT, SEM_STAT, SEM_STAT_ANY) and not GETPID <= cmd <= SETALL:
         return -errno.EINVAL
+    raw = task.mm.read(arg, SEMID_DS.size) if cmd == IPC_SET else b""
     semaphores: SemaphoreSet = _at(table, semid) if cmd in (SEM_STAT, SEM_STAT_ANY) else table.find(semid)
     count = len(semaphores.values)
     if cmd in (GETPID, GETVAL, GETNCNT, GETZCNT, SETVAL) and not 0 <= semnum < count:
@@ -282,7 +283,7 @@ def semctl(task: Task, semid: Int, semnum: Int, cmd: Int, arg: ULong) -> int:
         semaphores.changed.wake()
         return 0
     if cmd == IPC_SET:
-        _set(task, semaphores, task.mm.read(arg, SEMID_DS.size))
+        _set(task, semaphores, raw)
         return 0
     if cmd in (SETVAL, SETALL):
         semaphores.permit(2, task.creds)
@@ -404,6 +405,7 @@ def shmctl(task: Task, shmid: Int, cmd: Int, buf: UserPtr) -> int:
         return _highest(table)
     if cmd not in (IPC_RMID, IPC_SET, IPC_STAT, SHM_LOCK, SHM_UNLOCK, SHM_STAT, SHM_STAT_ANY):
         return -errno.EINVAL
+    raw = task.mm.read(buf, SHMID_DS.size) if cmd == IPC_SET else b""
     segment: Segment = _at(table, shmid) if cmd in (SHM_STAT, SHM_STAT_ANY) else table.find(shmid)
     if cmd in (IPC_STAT, SHM_STAT, SHM_STAT_ANY):
         if cmd != SHM_STAT_ANY:
@@ -423,7 +425,7 @@ def shmctl(task: Task, shmid: Int, cmd: Int, buf: UserPtr) -> int:
         )
         return 0 if cmd == IPC_STAT else segment.id
     if cmd == IPC_SET:
-        _set(task, segment, task.mm.read(buf, SHMID_DS.size))
+        _set(task, segment, raw)
     elif cmd == IPC_RMID:
         segment.own(task.creds)
         segment.remove()

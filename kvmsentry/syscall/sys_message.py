@@ -97,9 +97,9 @@ async def _transmit_wait(task: Task, sock: Socket, fetch: Fetch, total: int, nam
 @syscall(44)
 def sendto(task: Task, fd: Fd, buf: UserPtr, count: Size, flags: UInt, addr: UserPtr, length: Int) -> Any:
     """sendto(2), and send(2) with it."""
-    sock = socket_of(task, fd)
-    check_range(buf, count)
     count = min(count, MAX_RW_COUNT)
+    check_range(buf, count)  # import_ubuf, before the descriptor
+    sock = socket_of(task, fd)
     name = fetch_name(task, addr, length) if addr else None
     views = task.mm.views
     if sock.stream and count > BIG:
@@ -161,6 +161,12 @@ def _iov(task: Task, vec: int, count: int) -> tuple[list[tuple[int, int]], int]:
     return fetch_iov(task, vec, count)
 
 
+def _no_compat(flags: int) -> None:
+    """EINVAL for the kernel's own mark of 32-bit callers (net/socket.c)."""
+    if flags & abi.MSG_CMSG_COMPAT:
+        raise Errno(errno.EINVAL)
+
+
 def _send_one(task: Task, sock: Socket, at: int, flags: int) -> Any:
     """sendmsg of the struct msghdr at `at`."""
     name_at, name_len, vec, count, control_at, control_len, _ = abi.MSGHDR.unpack(task.mm.read(at, abi.MSGHDR_SIZE))
@@ -179,12 +185,14 @@ def _send_one(task: Task, sock: Socket, at: int, flags: int) -> Any:
 @syscall(46)
 def sendmsg(task: Task, fd: Fd, msg: UserPtr, flags: UInt) -> Any:
     """sendmsg(2)."""
+    _no_compat(flags)
     return _send_one(task, socket_of(task, fd), msg, flags)
 
 
 @syscall(307)
 def sendmmsg(task: Task, fd: Fd, msgs: UserPtr, count: UInt, flags: UInt) -> Any:
     """sendmmsg(2)."""
+    _no_compat(flags)
     sock = socket_of(task, fd)
     count = min(count, IOV_MAX)
     done = 0
@@ -278,14 +286,14 @@ async def _receive_wait(task: Task, sock: Socket, fetch: Fetch, total: int, flag
 @syscall(45)
 def recvfrom(task: Task, fd: Fd, buf: UserPtr, count: Size, flags: UInt, addr: UserPtr, length_at: UserPtr) -> Any:
     """recvfrom(2), and recv(2) with it."""
+    count = min(count, MAX_RW_COUNT)
+    check_range(buf, count)  # import_ubuf, before the descriptor
     sock = socket_of(task, fd)
     views = task.mm.views
     if not flags and not addr and 0 < count <= BIG and sock.stream:
         n = sock.read(views(buf, count, True))
         if n != EAGAIN or sock.flags & O_NONBLOCK:
             return n
-    check_range(buf, count)
-    count = min(count, MAX_RW_COUNT)
 
     def fetch(done: int) -> list[memoryview]:
         return views(buf + done, min(count - done, BIG), True)
@@ -392,12 +400,14 @@ def _first(iov: list[tuple[int, int]], limit: int) -> tuple[list[tuple[int, int]
 @syscall(47)
 def recvmsg(task: Task, fd: Fd, msg: UserPtr, flags: UInt) -> Any:
     """recvmsg(2)."""
+    _no_compat(flags)
     return _recv_one(task, socket_of(task, fd), msg, flags)
 
 
 @syscall(299)
 def recvmmsg(task: Task, fd: Fd, msgs: UserPtr, count: UInt, flags: UInt, timeout: UserPtr) -> Any:
     """recvmmsg(2); as on Linux the timeout is looked at after each message only."""
+    _no_compat(flags)
     deadline = None
     if timeout:
         seconds, nanos = task.mm.read_struct(TIMESPEC, timeout)

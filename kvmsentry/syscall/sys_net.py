@@ -6,7 +6,7 @@ import errno
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs.vfs import O_NONBLOCK, O_PATH, POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDHUP, POLLRDNORM, POLLWRNORM
+from kvmsentry.fs.vfs import O_NONBLOCK, POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDHUP, POLLRDNORM, POLLWRNORM
 from kvmsentry.kernel.task import RLIMIT_NOFILE
 from kvmsentry.kernel.traps import ERESTARTSYS, WaitQueue, park
 from kvmsentry.net import ifreq, inet, lone, netlink, unix, unix_packet, unix_stream  # noqa: F401 - no imports once locked in
@@ -28,12 +28,20 @@ _two_ints = abi.LINGER
 # -- helpers that the messages use too -------------------------------------------------------------------------------
 def socket_of(task: Task, fd: int) -> Socket:
     """The socket behind `fd`; EBADF, ENOTSOCK."""
-    file = task.files.files.get(fd)
-    if file is None or file.flags & O_PATH:
-        raise Errno(errno.EBADF)
+    file = task.files.get_io(fd)
     if not isinstance(file, Socket):
         raise Errno(errno.ENOTSOCK)
     return file
+
+
+def addressed_socket(task: Task, fd: int, addr: int, length: int) -> tuple[Socket, bytes]:
+    """The socket behind `fd` and the sockaddr for it: EBADF, then what is wrong with the address, then ENOTSOCK
+    (__sys_connect)."""
+    file = task.files.get_io(fd)
+    name = fetch_name(task, addr, length)
+    if not isinstance(file, Socket):
+        raise Errno(errno.ENOTSOCK)
+    return file, name
 
 
 def fetch_name(task: Task, addr: int, length: int) -> bytes:
@@ -104,6 +112,7 @@ def socket(task: Task, family: Int, type: Int, protocol: Int) -> int:
 def socketpair(task: Task, family: Int, type: Int, protocol: Int, fds: UserPtr) -> int:
     """socketpair(2)."""
     kind, flags, cloexec = _kind_and_flags(type)
+    task.mm.write(fds, task.mm.read(fds, _two_ints.size))  # can they be stored? That comes first
     if family != abi.AF_UNIX:
         _make(task, family, kind, protocol, flags).put()  # what is wrong with it comes first
         raise Errno(errno.EOPNOTSUPP)
@@ -158,6 +167,7 @@ def accept(task: Task, fd: Fd, addr: UserPtr, length_at: UserPtr) -> Any:
 @syscall(288)
 def accept4(task: Task, fd: Fd, addr: UserPtr, length_at: UserPtr, flags: Int) -> Any:
     """accept4(2)."""
+    task.files.get_io(fd)
     if flags & ~(abi.SOCK_CLOEXEC | abi.SOCK_NONBLOCK):
         raise Errno(errno.EINVAL)
     sock = socket_of(task, fd)
@@ -208,8 +218,7 @@ def _accepted(task: Task, child: Any, addr: int, length_at: int, flags: int) -> 
 @syscall(42)
 def connect(task: Task, fd: Fd, addr: UserPtr, length: Int) -> Any:
     """connect(2)."""
-    sock = socket_of(task, fd)
-    name = fetch_name(task, addr, length)
+    sock, name = addressed_socket(task, fd, addr, length)
     if len(name) < 2:
         raise Errno(errno.EINVAL)
     n = sock.connect(task, name, False)
@@ -261,9 +270,11 @@ def shutdown(task: Task, fd: Fd, how: Int) -> int:
 @syscall(54, partial="options on an allow-list; no BPF filters, no kernel TLS, no packet tables")
 def setsockopt(task: Task, fd: Fd, level: Int, name: Int, value_at: UserPtr, size: Int) -> int:
     """setsockopt(2)."""
+    sock = socket_of(task, fd)
     if size < 0:
         raise Errno(errno.EINVAL)
-    sock = socket_of(task, fd)
+    if sock.family == abi.AF_UNIX and level != abi.SOL_SOCKET:
+        raise Errno(errno.EOPNOTSUPP)
     value = task.mm.read(value_at, min(size, OPTION_MOST)) if size else b""
     if level == abi.SOL_SOCKET and sock.set_common(name, value):
         return 0
@@ -275,6 +286,8 @@ def setsockopt(task: Task, fd: Fd, level: Int, name: Int, value_at: UserPtr, siz
 def getsockopt(task: Task, fd: Fd, level: Int, name: Int, value_at: UserPtr, size_at: UserPtr) -> int:
     """getsockopt(2)."""
     sock = socket_of(task, fd)
+    if sock.family == abi.AF_UNIX and level != abi.SOL_SOCKET:
+        raise Errno(errno.EOPNOTSUPP)
     size = abi.INT.unpack(task.mm.read(size_at, 4))[0]
     if size < 0:
         raise Errno(errno.EINVAL)

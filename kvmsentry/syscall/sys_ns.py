@@ -40,7 +40,7 @@ def unshare(task: Task, flags: ULong) -> int:
 def setns(task: Task, fd: Fd, kind: Int) -> int:
     from kvmsentry.fs.proc.links import NsFile
 
-    file = task.files.get(fd)
+    file = task.files.get_io(fd)
     kind &= 0xFFFFFFFF
     if isinstance(file, PidFile):
         return namespaces.enter(task, namespaces.of_process(task, file.process, kind))

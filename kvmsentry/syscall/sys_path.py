@@ -71,12 +71,10 @@ _FCNTL_FLAGS = 0o37777703  # VALID_OPEN_FLAGS, include/linux/fcntl.h: what open(
 
 def start_of(task: Task, dirfd: int, path: bytes) -> vfs.Path | None:
     """Where a relative `path` begins: None for the working directory. EBADF, ENOTDIR."""
-    if dirfd == AT_FDCWD or path[:1] == b"/":
+    if dirfd == AT_FDCWD or path[:1] == b"/" or not path:
         return None
     place = task.files.get(dirfd).path
     if place is None:
-        if not path:
-            raise Errno(errno.ENOENT)
         raise Errno(errno.ENOTDIR)
     return place
 
@@ -322,6 +320,7 @@ def mkdirat(task: Task, dirfd: DirFd, pathname: Path, mode: Mode) -> int:
 
 
 def _mknod(task: Task, dirfd: int, pathname: int, mode: int, dev: int) -> int:
+    ops.check_kind(mode)
     path = task.mm.read_cstring(pathname, PATH_MAX)
     ops.mknod_at(task, start_of(task, dirfd, path), path, mode & 0xFFFF, dev)
     return 0
@@ -379,10 +378,10 @@ def _link(task: Task, olddirfd: int, oldpath: int, newdirfd: int, newpath: int, 
     if flags & ~(AT_SYMLINK_FOLLOW | AT_EMPTY_PATH):
         return -errno.EINVAL
     old = task.mm.read_cstring(oldpath, PATH_MAX)
-    new = task.mm.read_cstring(newpath, PATH_MAX)
     if flags & AT_EMPTY_PATH and not old and not task.creds.capable(CAP_DAC_READ_SEARCH):
         return -errno.ENOENT
     place = place_at(task, olddirfd, old, bool(flags & AT_SYMLINK_FOLLOW), bool(flags & AT_EMPTY_PATH))
+    new = task.mm.read_cstring(newpath, PATH_MAX)
     ops.link_at(task, place, start_of(task, newdirfd, new), new)
     return 0
 
@@ -398,8 +397,13 @@ def linkat(task: Task, olddirfd: DirFd, oldpath: Path, newdirfd: DirFd, newpath:
 
 
 def _rename(task: Task, olddirfd: int, oldpath: int, newdirfd: int, newpath: int, flags: int) -> int:
+    ops.check_rename_flags(flags)
     old = task.mm.read_cstring(oldpath, PATH_MAX)
-    new = task.mm.read_cstring(newpath, PATH_MAX)
+    try:
+        new = task.mm.read_cstring(newpath, PATH_MAX)
+    except Errno:
+        vfs.walk_parent(task, old, start_of(task, olddirfd, old))  # what is wrong with it comes first (do_renameat2)
+        raise
     ops.rename_at(task, start_of(task, olddirfd, old), old, start_of(task, newdirfd, new), new, flags)
     return 0
 
@@ -511,11 +515,11 @@ def _set_times(
 
 @syscall(280)
 def utimensat(task: Task, dirfd: DirFd, pathname: Path, times: UserPtr, flags: Int) -> int:
+    values = task.mm.read_struct(TIMESPEC2, times) if times else ()
     if flags & ~(AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH):
         return -errno.EINVAL
     both: tuple[int | None, int | None] | None = None
-    if times:
-        values = task.mm.read_struct(TIMESPEC2, times)
+    if values:
         if values[1] == UTIME_OMIT and values[3] == UTIME_OMIT:
             return 0
         if values[1] != UTIME_NOW or values[3] != UTIME_NOW:
@@ -561,6 +565,8 @@ def utime(task: Task, filename: Path, times: UserPtr) -> int:
 
 @syscall(76)
 def truncate(task: Task, pathname: Path, length: Offset) -> Any:
+    if length < 0:
+        return -errno.EINVAL
     if length > task.rlimit(RLIMIT_FSIZE):
         return _file_size_signal(task)
     return ops.truncate_at(task, task.mm.read_cstring(pathname, PATH_MAX), length)

@@ -43,9 +43,11 @@ from kvmsentry.syscall.table import (
     UserPtr,
     syscall,
 )
+from kvmsentry.vcpu.layout import USER_TOP
 
 RUSAGE = Struct("<16q")  # struct rusage: ru_utime, ru_stime, ru_maxrss, ...
 SIGINFO_WAIT = Struct("<iii4xiIi100x")  # si_signo si_errno si_code si_pid si_uid si_status
+NO_CHILD = bytes(28)
 CLONE_ARGS = Struct("<11Q")  # struct clone_args, uapi/linux/sched.h
 CLONE_ARGS_VER0 = 64
 ROBUST_LIST_HEAD = 24
@@ -231,7 +233,16 @@ def _wait4_answer(task: Task, found: Found, status: int, usage: int) -> int:
 
 @syscall(247)
 def waitid(task: Task, which: Int, ident: Pid, info: UserPtr, options: Int, usage: UserPtr) -> Any:
-    options &= 0xFFFFFFFF
+    try:
+        result = _waitid(task, which, ident, info, options & 0xFFFFFFFF, usage)
+    except Errno as error:
+        result = -error.errno
+    if result.__class__ is int and result < 0 and info:
+        task.mm.write(info, NO_CHILD)  # that there is nothing, whatever went wrong
+    return result
+
+
+def _waitid(task: Task, which: int, ident: int, info: int, options: int, usage: int) -> Any:
     if options & ~(WNOHANG | WNOWAIT | WEXITED | WSTOPPED | WCONTINUED | WNOTHREAD | WALL | WCLONE):
         return -errno.EINVAL
     if not options & (WEXITED | WSTOPPED | WCONTINUED):
@@ -276,10 +287,10 @@ def _waitid_answer(task: Task, found: Found | None, info: int, usage: int) -> in
         task.mm.write(usage, _rusage(found.user, found.system, found.peak_pages))
     if info:
         if found is None:
-            data = SIGINFO_WAIT.pack(0, 0, 0, 0, 0, 0)
+            data = NO_CHILD
         else:
-            data = SIGINFO_WAIT.pack(SIGCHLD, 0, found.code, found.pid, found.uid, found.value)
-        task.mm.write(info, data[:28])
+            data = SIGINFO_WAIT.pack(SIGCHLD, 0, found.code, found.pid, found.uid, found.value)[:28]
+        task.mm.write(info, data)
     return 0
 
 
@@ -321,8 +332,11 @@ def _iovecs(task: Task, address: int, count: int) -> list[tuple[int, int]]:
         raise Errno(errno.EINVAL)
     words = memoryview(task.mm.read(address, 16 * count)).cast("Q") if count else []
     vectors = [(words[2 * i], words[2 * i + 1]) for i in range(count)]
-    if any(length >= 1 << 63 for _, length in vectors):
-        raise Errno(errno.EINVAL)
+    for base, length in vectors:
+        if length >= 1 << 63:
+            raise Errno(errno.EINVAL)
+        if base + length > USER_TOP:
+            raise Errno(errno.EFAULT)
     return vectors
 
 

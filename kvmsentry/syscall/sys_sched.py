@@ -140,8 +140,10 @@ def sched_getscheduler(task: Task, pid: Pid) -> int:
 def sched_setparam(task: Task, pid: Pid, param: UserPtr) -> int:
     if not param:
         return -errno.EINVAL
-    target = _target(task, pid)
+    if pid < 0:
+        return -errno.EINVAL
     priority = task.mm.read_u32(param)
+    target = _target(task, pid)
     _set_policy(task, target, target.policy[0], priority - ((priority & 0x80000000) << 1))
     return 0
 

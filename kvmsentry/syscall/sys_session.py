@@ -141,17 +141,15 @@ def getrlimit(task: Task, resource: UInt, limit: UserPtr) -> int:
 
 @syscall(160, partial="RLIMIT_RTTIME is kept but limits nothing")
 def setrlimit(task: Task, resource: UInt, limit: UserPtr) -> int:
+    soft, hard = RLIMIT.unpack(task.mm.read(limit, 16))
     if resource >= RLIM_NLIMITS:
         return -errno.EINVAL
-    soft, hard = RLIMIT.unpack(task.mm.read(limit, 16))
     _set_limit(task, task.process, resource, soft, hard)
     return 0
 
 
 @syscall(302, partial="as setrlimit")
 def prlimit64(task: Task, pid: Pid, resource: UInt, new: UserPtr, old: UserPtr) -> int:
-    if resource >= RLIM_NLIMITS:
-        return -errno.EINVAL
     wanted = RLIMIT.unpack(task.mm.read(new, 16)) if new else None
     process = _process(task, pid)
     if process is not task.process and not userns.capable(
@@ -163,6 +161,8 @@ def prlimit64(task: Task, pid: Pid, resource: UInt, new: UserPtr, old: UserPtr) 
             and mine.gid == theirs.gid == theirs.egid == theirs.sgid
         ):
             return -errno.EPERM
+    if resource >= RLIM_NLIMITS:
+        return -errno.EINVAL
     before = process.rlimits[resource]
     if wanted is not None:
         _set_limit(task, process, resource, *wanted)

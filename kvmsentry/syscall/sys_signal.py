@@ -214,6 +214,8 @@ def _from_above(task: Task, process: Process, info: SigInfo) -> bool:
 
 
 def _kill_process(task: Task, process: Process, info: SigInfo) -> None:
+    if not 0 <= info.signo <= NSIG_VALID:
+        raise Errno(errno.EINVAL)
     if not may_signal(task, process, info.signo):
         raise Errno(errno.EPERM)
     if info.signo and not process.zombie:
@@ -222,8 +224,6 @@ def _kill_process(task: Task, process: Process, info: SigInfo) -> None:
 
 @syscall(62)
 def kill(task: Task, pid: Pid, signo: Signal) -> int:
-    if not 0 <= signo <= NSIG_VALID:
-        return -errno.EINVAL
     space = task.process.pid_ns
     if pid > 0:
         process = space.processes.get(pid)
@@ -258,6 +258,8 @@ def _kill_thread(task: Task, tgid: int, tid: int, info: SigInfo) -> int:
     other = space.tasks.get(tid)
     if other is None or (tgid > 0 and space.pid_of(other.process) != tgid):
         return -errno.ESRCH
+    if not 0 <= info.signo <= NSIG_VALID:
+        return -errno.EINVAL
     if not may_signal(task, other.process, info.signo):
         return -errno.EPERM
     if info.signo:
@@ -267,21 +269,19 @@ def _kill_thread(task: Task, tgid: int, tid: int, info: SigInfo) -> int:
 
 @syscall(200)
 def tkill(task: Task, tid: Pid, signo: Signal) -> int:
-    if tid <= 0 or not 0 <= signo <= NSIG_VALID:
+    if tid <= 0:
         return -errno.EINVAL
     return _kill_thread(task, 0, tid, _user_info(task, signo, SI_TKILL))
 
 
 @syscall(234)
 def tgkill(task: Task, tgid: Pid, tid: Pid, signo: Signal) -> int:
-    if tid <= 0 or tgid <= 0 or not 0 <= signo <= NSIG_VALID:
+    if tid <= 0 or tgid <= 0:
         return -errno.EINVAL
     return _kill_thread(task, tgid, tid, _user_info(task, signo, SI_TKILL))
 
 
 def _queued_info(task: Task, signo: int, address: int) -> SigInfo:
-    if not 0 <= signo <= NSIG_VALID:
-        raise Errno(errno.EINVAL)
     return unpack_siginfo(task.mm.read(address, SIGINFO_SIZE), signo)
 
 
@@ -303,9 +303,9 @@ def rt_sigqueueinfo(task: Task, pid: Pid, signo: Signal, info: UserPtr) -> int:
 
 @syscall(297)
 def rt_tgsigqueueinfo(task: Task, tgid: Pid, tid: Pid, signo: Signal, info: UserPtr) -> int:
+    data = _queued_info(task, signo, info)
     if tid <= 0 or tgid <= 0:
         return -errno.EINVAL
-    data = _queued_info(task, signo, info)
     if (data.code >= 0 or data.code == SI_TKILL) and task.vtid != tid:
         return -errno.EPERM
     return _kill_thread(task, tgid, tid, data)

@@ -348,11 +348,11 @@ def vmsplice(task: Task, fd: Fd, vec: UserPtr, count: Size, flags: UInt) -> Any:
     if flags & ~SPLICE_ALL:
         raise Errno(errno.EINVAL)
     file = task.files.get_io(fd)
-    if not isinstance(file, PipeFile):
-        raise Errno(errno.EBADF)
     iov, total = fetch_iov(task, vec, count)
     if not total:
         return 0
+    if not isinstance(file, PipeFile):
+        raise Errno(errno.EBADF)
     wait = not flags & SPLICE_F_NONBLOCK
     if file.writable:
         return _run(task, (file,), _memory_to_pipe(task, iov, file), total, wait, False, _nothing)

@@ -86,8 +86,10 @@ def clock_getres(task: Task, clockid: Int, res: UserPtr) -> int:
 
 @syscall(227)
 def clock_settime(task: Task, clockid: Int, tp: UserPtr) -> int:
+    if clockid != CLOCK_REALTIME:
+        return -errno.EINVAL
     read_timespec(task.mm, tp)
-    return -errno.EPERM if clockid == CLOCK_REALTIME else -errno.EINVAL
+    return -errno.EPERM
 
 
 @syscall(96)
@@ -101,6 +103,12 @@ def gettimeofday(task: Task, tv: UserPtr, tz: UserPtr) -> int:
 
 @syscall(164)
 def settimeofday(task: Task, tv: UserPtr, tz: UserPtr) -> int:
+    if tv:
+        _, micro = task.mm.read_struct(TIMESPEC, tv)
+        if not 0 <= micro <= 1_000_000:
+            return -errno.EINVAL
+    if tz:
+        task.mm.read_u64(tz)
     return -errno.EPERM
 
 
@@ -155,6 +163,7 @@ def adjtimex(task: Task, buf: UserPtr) -> int:
 
 @syscall(305, note="the clock is not disciplined and cannot be set")
 def clock_adjtime(task: Task, clockid: Int, buf: UserPtr) -> int:
+    task.mm.read(buf, TIMEX.size)
     if clockid != CLOCK_REALTIME:
         return -errno.EOPNOTSUPP if clockid in MONOTONIC else -errno.EINVAL
     return _timex(task, buf)
@@ -204,8 +213,10 @@ async def _sleep_cpu(task: Task, clock: int, until: int, remaining: int) -> int:
 def clock_nanosleep(task: Task, clockid: Int, flags: Int, req: UserPtr, rem: UserPtr) -> Any:
     if clockid in (CLOCK_THREAD_CPUTIME_ID, CLOCK_MONOTONIC_RAW, CLOCK_REALTIME_COARSE, CLOCK_MONOTONIC_COARSE):
         return -errno.EOPNOTSUPP
+    duration = read_timespec(task.mm, req) if clockid < 0 else 0  # dynamic clocks are looked at late
     now = read_clock(task, clockid)
-    duration = read_timespec(task.mm, req)
+    if clockid >= 0:
+        duration = read_timespec(task.mm, req)
     if flags & TIMER_ABSTIME:
         return _sleep_absolute(task, clockid, duration)
     if clockid in REALTIME or clockid in MONOTONIC:
@@ -240,15 +251,15 @@ def getitimer(task: Task, which: Int, curr_value: UserPtr) -> int:
 
 @syscall(38)
 def setitimer(task: Task, which: Int, new_value: UserPtr, old_value: UserPtr) -> int:
-    if not 0 <= which < 3:
-        return -errno.EINVAL
-    timer = _itimer(task, which)
     interval = value = 0
     if new_value:
         interval_s, interval_us, value_s, value_us = task.mm.read_struct(ITIMERSPEC, new_value)
         if not (0 <= interval_us < 1_000_000 and 0 <= value_us < 1_000_000) or interval_s < 0 or value_s < 0:
             return -errno.EINVAL
         interval, value = interval_s * NS + interval_us * 1000, value_s * NS + value_us * 1000
+    if not 0 <= which < 3:
+        return -errno.EINVAL
+    timer = _itimer(task, which)
     old = timer.get()
     if old_value:
         _write_itimerval(task, old_value, *old)
@@ -273,6 +284,7 @@ MAX_TIMERS = 4096
 @syscall(222)
 def timer_create(task: Task, clockid: Int, sevp: UserPtr, timerid: UserPtr) -> int:
     process = task.process
+    event = task.mm.read_struct(SIGEVENT, sevp) if sevp else ()
     read_clock(task, clockid)
     if clockid in (CLOCK_MONOTONIC_RAW, CLOCK_REALTIME_COARSE, CLOCK_MONOTONIC_COARSE):
         return -errno.EOPNOTSUPP
@@ -282,8 +294,8 @@ def timer_create(task: Task, clockid: Int, sevp: UserPtr, timerid: UserPtr) -> i
     while number in process.timers:
         number += 1
     value, signo, notify, target = number, 14, SIGEV_SIGNAL, 0
-    if sevp:
-        value, signo, notify, target = task.mm.read_struct(SIGEVENT, sevp)
+    if event:
+        value, signo, notify, target = event
         if notify not in (SIGEV_SIGNAL, SIGEV_NONE, SIGEV_THREAD, SIGEV_THREAD_ID):
             return -errno.EINVAL
         if notify != SIGEV_NONE and not 1 <= signo <= 64:
