@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs.pages import PAGE, PageStore, Pool
-from kvmsentry.fs.vfs import O_NOATIME, File, Inode, Path, SuperBlock, path_of, without_set_id
+from kvmsentry.fs.vfs import MS_NOATIME, O_NOATIME, File, Inode, Path, SuperBlock, path_of, without_set_id
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.kernel import Kernel
@@ -74,6 +74,7 @@ class TmpSuper(SuperBlock):
 
     def release(self) -> None:
         """The last mount is gone: let go of the tree; files that are open keep themselves alive."""
+        super().release()
         root = self.root
         if isinstance(root, TmpInode) and root.entries is not None:
             root.entries = {}
@@ -463,7 +464,9 @@ class TmpFile(File):
         store = inode.store
         assert store is not None
         if inode.atime <= inode.mtime and not self.flags & O_NOATIME:  # relatime
-            inode.atime = _now()
+            place = self.path
+            if place is None or not place.mount.flags & MS_NOATIME:
+                inode.atime = _now()
         return store.read(views, pos, inode.size)
 
     def pwrite(self, views: list[memoryview], pos: int) -> int:

@@ -7,7 +7,7 @@ import time
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs.inotify import accessed
-from kvmsentry.fs.vfs import O_NOATIME, WATCHES, File
+from kvmsentry.fs.vfs import MS_NOATIME, MS_NODIRATIME, O_NOATIME, WATCHES, File
 from kvmsentry.kernel.task import Task
 from kvmsentry.syscall.abi_fs import DIRENT, DIRENT64
 from kvmsentry.syscall.table import Fd, UInt, UserPtr, syscall
@@ -31,7 +31,9 @@ def _snapshot(task: Task, file: File) -> list[tuple[bytes, int, int]]:
     names = inode.readdir()
     entries += inode.sb.visible(task, inode, names) if inode.sb.hides else names
     if inode.atime <= inode.mtime and not file.flags & O_NOATIME and inode.sb.caching and not inode.sb.readonly:
-        inode.atime = time.time_ns()  # relatime, in memory only
+        place = file.path
+        if place is None or not place.mount.flags & (MS_NOATIME | MS_NODIRATIME):
+            inode.atime = time.time_ns()  # relatime, in memory only
     return entries
 
 

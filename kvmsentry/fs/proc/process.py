@@ -380,14 +380,14 @@ def no_label(reader: Task, target: Task) -> str:
 
 def mounts(reader: Task, target: Task) -> bytes:
     """/proc/PID/mounts."""
-    from kvmsentry.fs.mounts import mounts_text
+    from kvmsentry.fs.proc.mounttable import mounts_text
 
     return mounts_text(target) if target.fs is not None else b""
 
 
 def mountinfo(reader: Task, target: Task) -> bytes:
     """/proc/PID/mountinfo."""
-    from kvmsentry.fs.mounts import mountinfo_text
+    from kvmsentry.fs.proc.mounttable import mountinfo_text
 
     return mountinfo_text(target) if target.fs is not None else b""
 
