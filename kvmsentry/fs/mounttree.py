@@ -25,6 +25,7 @@ from kvmsentry.fs.vfs import (
     MS_NOSUID,
     MS_NOSYMFOLLOW,
     MS_RDONLY,
+    MS_STRICTATIME,
     POLLERR,
     POLLPRI,
     Dentry,
@@ -37,7 +38,6 @@ from kvmsentry.kernel.userns import ROOT, UserNamespace
 if TYPE_CHECKING:
     from kvmsentry.kernel.task import Task
 
-MS_STRICTATIME = 1 << 24  # uapi/linux/mount.h
 ATIME_FLAGS = MS_NOATIME | MS_NODIRATIME | MS_STRICTATIME  # without any: relatime
 KEPT_FLAGS = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOSYMFOLLOW | ATIME_FLAGS
 LOCKABLE = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC

@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs.pages import PAGE, PageStore, Pool
-from kvmsentry.fs.vfs import MS_NOATIME, O_NOATIME, File, Inode, Path, SuperBlock, path_of, without_set_id
+from kvmsentry.fs.vfs import (
+    MS_NOATIME,
+    MS_STRICTATIME,
+    O_NOATIME,
+    File,
+    Inode,
+    Path,
+    SuperBlock,
+    path_of,
+    without_set_id,
+)
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.kernel import Kernel
@@ -342,6 +352,8 @@ class TmpInode(Inode):
     def open(self, task: Task, path: Path, flags: int) -> Any:
         """An open file description."""
         if self.mode & 0o170000 == st.S_IFREG:
+            if path.mount.flags & MS_STRICTATIME and not flags & O_NOATIME:
+                return StrictFile(self, path, flags)
             return TmpFile(self, path, flags)
         return super().open(task, path, flags)
 
@@ -583,6 +595,17 @@ class TmpFile(File):
             backing = TmpBacking(inode, label)
             inode.paged = weakref.ref(backing)
         return backing
+
+
+class StrictFile(TmpFile):
+    """A file opened through a mount with MS_STRICTATIME: each read is a new access time."""
+
+    __slots__ = ()
+
+    def pread(self, views: list[memoryview], pos: int) -> int:
+        """pread(2)."""
+        self.inode.atime = _now()
+        return super().pread(views, pos)
 
 
 def _placed(runs: list[tuple[int, int]], page: int) -> Iterable[tuple[int, int, int]]:

@@ -122,7 +122,7 @@ def _flags_of(attributes: int) -> int:
     atime = attributes & ATTR_ATIME
     if atime not in (0, ATTR_NOATIME, ATTR_STRICTATIME):
         raise Errno(errno.EINVAL)
-    flags = {ATTR_NOATIME: vfs.MS_NOATIME, ATTR_STRICTATIME: mounttree.MS_STRICTATIME}.get(atime, 0)
+    flags = {ATTR_NOATIME: vfs.MS_NOATIME, ATTR_STRICTATIME: vfs.MS_STRICTATIME}.get(atime, 0)
     for attribute, flag in _FLAGS:
         if attributes & attribute:
             flags |= flag
@@ -297,7 +297,7 @@ def mount_setattr(task: Task, dirfd: DirFd, pathname: Path, flags: UInt, uattr: 
     add = _flags_of(setting)
     remove = _flags_of(clearing & ~ATTR_ATIME)
     if clearing & ATTR_ATIME:
-        remove |= vfs.MS_NOATIME | mounttree.MS_STRICTATIME
+        remove |= vfs.MS_NOATIME | vfs.MS_STRICTATIME
     path = task.mm.read_cstring(pathname, PATH_MAX)
     place = place_at(task, dirfd, path, not flags & AT_SYMLINK_NOFOLLOW, bool(flags & AT_EMPTY_PATH))
     mountops.change_flags(task, place, add, remove, propagation, bool(flags & AT_RECURSIVE))

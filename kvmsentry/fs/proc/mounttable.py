@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from kvmsentry.errors import Errno
 from kvmsentry.fs.mount import Mount, PeerGroup
 from kvmsentry.fs.mounttree import (
-    MS_STRICTATIME,
     all_mounts,
     below,
     namespace_of,
@@ -25,6 +24,7 @@ from kvmsentry.fs.vfs import (
     MS_NOSUID,
     MS_NOSYMFOLLOW,
     MS_RDONLY,
+    MS_STRICTATIME,
     POLLERR,
     POLLIN,
     POLLPRI,
