@@ -29,8 +29,8 @@ def _data(task: Task, pointer: int) -> bytes:
 
 @syscall(
     165,
-    partial="types: tmpfs, ramfs, proc, sysfs, devtmpfs, devpts, mqueue, cgroup2. MS_STRICTATIME counts on a tmpfs only; "
-    "MS_SYNCHRONOUS, MS_DIRSYNC, MS_LAZYTIME change nothing",
+    partial="types: tmpfs, ramfs, proc, sysfs, devtmpfs, devpts, mqueue, cgroup2. MS_STRICTATIME counts on a tmpfs "
+    "only; MS_SYNCHRONOUS, MS_DIRSYNC, MS_LAZYTIME change nothing",
 )
 def mount(task: Task, source: Path, target: Path, filesystemtype: UserPtr, mountflags: ULong, data: UserPtr) -> int:
     fstype = task.mm.read_cstring(filesystemtype, 4096) if filesystemtype else b""

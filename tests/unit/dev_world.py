@@ -149,7 +149,7 @@ class DevWorld(KernelWorld):
             elif st.S_ISDIR(inode.mode):
                 if depth:
                     self.dump(task, here, os.fsdecode(there), depth - 1)
-            elif name not in (b"mem", b"clear_refs", b"kmsg"):
+            elif name not in (b"mem", b"pagemap", b"clear_refs", b"kmsg"):
                 content = self.whole(task, here)
                 if isinstance(content, bytes):
                     with open(there, "wb") as copy:
