@@ -352,7 +352,7 @@ class TmpInode(Inode):
     def open(self, task: Task, path: Path, flags: int) -> Any:
         """An open file description."""
         if self.mode & 0o170000 == st.S_IFREG:
-            if path.mount.flags & MS_STRICTATIME and not flags & O_NOATIME:
+            if path is not None and path.mount.flags & MS_STRICTATIME and not flags & O_NOATIME:  # memory_file has none
                 return StrictFile(self, path, flags)
             return TmpFile(self, path, flags)
         return super().open(task, path, flags)
