@@ -17,7 +17,19 @@ from kvmsentry.fs.anon import gather, scatter
 from kvmsentry.fs.devpts import PTMX, SLAVE_MAJOR, DevptsSuper
 from kvmsentry.fs.tmpfs import TmpSuper
 from kvmsentry.fs.tty import Tty
-from kvmsentry.fs.vfs import O_NOCTTY, O_NONBLOCK, POLLIN, POLLOUT, POLLRDNORM, POLLWRNORM, File, Inode, Path, makedev
+from kvmsentry.fs.vfs import (
+    O_NOCTTY,
+    O_NONBLOCK,
+    POLLIN,
+    POLLOUT,
+    POLLRDNORM,
+    POLLWRNORM,
+    File,
+    Inode,
+    Path,
+    SuperBlock,
+    makedev,
+)
 from kvmsentry.kernel.task import Credentials
 
 if TYPE_CHECKING:
@@ -307,6 +319,10 @@ class DevSuper(TmpSuper):
         known.mounted.append(self)
         if known.console is not None:
             self.add_console()
+
+    def release(self) -> None:
+        """It is not mounted any more, and stays what it is for the next mount."""
+        SuperBlock.release(self)
 
     def add_console(self) -> None:
         """There is a console: show its node."""

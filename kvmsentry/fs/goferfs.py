@@ -65,7 +65,8 @@ class GoferSuper(SuperBlock):
 
     def __init__(self, kernel: Kernel, node: Node, private: bool, readonly: bool = False, owners: Any = None) -> None:
         super().__init__()
-        self.kernel, self.private, self.caching, self.readonly = kernel, private, private, readonly
+        self.kernel, self.private, self.caching = kernel, private, private
+        self.readonly = self.unchangeable = readonly
         self.owners = owners
         # Attributes that the host's file system refused to the image, by path.
         self.kept: dict[bytes, dict[bytes, bytes]] = getattr(owners, "xattrs", None) or {}
@@ -95,6 +96,7 @@ class GoferSuper(SuperBlock):
 
     def release(self) -> None:
         """The last mount is gone."""
+        super().release()
         for inode in self.idle_fds:
             inode.reader = None
         self.idle_fds.clear()

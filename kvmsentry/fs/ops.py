@@ -29,6 +29,7 @@ from kvmsentry.fs.inotify import (
     IN_OPEN,
 )
 from kvmsentry.fs.leases import break_leases
+from kvmsentry.fs.mounttree import is_mountpoint, name_gone
 from kvmsentry.fs.vfs import (
     CAP_DAC_READ_SEARCH,
     CAP_FOWNER,
@@ -426,10 +427,12 @@ def unlink_at(task: Task, start: Path | None, path: bytes) -> None:
         raise Errno(errno.EISDIR if victim.mode & S_IFMT == S_IFDIR else errno.ENOTDIR)
     directory = parent.inode
     _may_delete(directory, victim, task.creds, False)
-    if dentry.mounted:
+    if dentry.mounted and is_mountpoint(dentry, task.fs.namespace):
         raise Errno(errno.EBUSY)
     directory.unlink(name, victim)
     forget(parent.dentry, name)
+    if dentry.mounted:
+        name_gone(dentry)
     if victim.watches is not None:
         notify(victim, IN_ATTRIB)  # its number of links
     _entry_event(directory, name, victim, IN_DELETE)
@@ -453,11 +456,13 @@ def rmdir_at(task: Task, start: Path | None, path: bytes) -> None:
         raise Errno(errno.ENOENT)
     directory = parent.inode
     _may_delete(directory, victim, task.creds, True)
-    if dentry.mounted:
+    if dentry.mounted and is_mountpoint(dentry, task.fs.namespace):
         raise Errno(errno.EBUSY)
     directory.rmdir(name, victim)
     dentry.children.clear()
     forget(parent.dentry, name)
+    if dentry.mounted:
+        name_gone(dentry)
     if victim.watches is not None:
         inotify.orphaned(task.kernel, victim)
     _entry_event(directory, name, victim, IN_DELETE)
@@ -526,8 +531,9 @@ def rename_at(task: Task, old_start: Path | None, old_path: bytes, new_start: Pa
             permission(inode, MAY_WRITE, creds)
         if exchange and replaced is not None and replaced.mode & S_IFMT == S_IFDIR:
             permission(replaced, MAY_WRITE, creds)
-    if old_dentry.mounted or new_dentry.mounted:
-        raise Errno(errno.EBUSY)
+    for each in (old_dentry, new_dentry):
+        if each.mounted and is_mountpoint(each, task.fs.namespace):
+            raise Errno(errno.EBUSY)
     old_dir.rename(old_name, inode, new_dir, new_name, replaced, RENAME_EXCHANGE if exchange else 0)
     if exchange:
         old_parent.dentry.children[old_name], new_parent.dentry.children[new_name] = new_dentry, old_dentry
@@ -536,6 +542,8 @@ def rename_at(task: Task, old_start: Path | None, old_path: bytes, new_start: Pa
         forget(old_parent.dentry, old_name)
         new_parent.dentry.children[new_name] = old_dentry
     old_dentry.name, old_dentry.parent = new_name, new_parent.dentry
+    if new_dentry.mounted and not exchange:
+        name_gone(new_dentry)
     if old_dir.watches is not None or new_dir.watches is not None:
         _move_cookie += 1
         _entry_event(old_dir, old_name, inode, IN_MOVED_FROM, _move_cookie)

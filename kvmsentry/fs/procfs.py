@@ -40,7 +40,7 @@ def _fixed(value: str) -> Show:
 FILES: dict[bytes, tuple[int, Show, Take | None]] = {
     b"auxv": (0o400, memory.auxv, None),
     b"cgroup": (0o444, _fixed("0::/\n"), None),
-    b"clear_refs": (0o200, _fixed(""), process.ignored_write),
+    b"clear_refs": (0o200, _fixed(""), memory.clear_refs),
     b"cmdline": (0o444, memory.cmdline, None),
     b"comm": (0o644, process.comm, process.set_comm),
     b"coredump_filter": (0o644, process.coredump_filter, process.set_coredump_filter),
@@ -150,6 +150,8 @@ class ProcessInode(Inode):
             return links.PlaceLink(sb, target, _LINKS[name])
         if name == b"mem":
             return memory.MemInode(sb, target)
+        if name == b"pagemap":
+            return memory.PagemapInode(sb, target)
         if name == b"fd" or name == b"fdinfo":
             return links.FdDirectory(sb, target, name == b"fdinfo")
         if name == b"map_files" and self.task is None:
@@ -168,7 +170,8 @@ class ProcessInode(Inode):
 
     def readdir(self) -> Iterable[tuple[bytes, int, int]]:
         """All rows."""
-        names = [*((name, DT_DIR) for name in _DIRECTORIES), *((name, DT_LNK) for name in _LINKS), (b"mem", DT_REG)]
+        names = [*((name, DT_DIR) for name in _DIRECTORIES), *((name, DT_LNK) for name in _LINKS)]
+        names += [(b"mem", DT_REG), (b"pagemap", DT_REG)]
         if self.task is None:
             names += [(b"task", DT_DIR), (b"map_files", DT_DIR)]
             names += [(name, DT_REG) for name in (*FILES, *_MOUNTS, *_NUMBERED, *idmaps.NAMES, b"timens_offsets")]

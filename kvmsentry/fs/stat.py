@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmsentry.fs.vfs import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, NAME_MAX, Inode, Mount
+from kvmsentry.fs.vfs import (
+    MS_NOATIME,
+    MS_NODEV,
+    MS_NODIRATIME,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_NOSYMFOLLOW,
+    MS_RDONLY,
+    MS_STRICTATIME,
+    NAME_MAX,
+    Inode,
+    Mount,
+)
 from kvmsentry.kernel.userns import ROOT, UserNamespace, shown_gid, shown_uid
 from kvmsentry.syscall.abi_fs import (
+    ST_NOSYMFOLLOW,
     ST_RELATIME,
     ST_VALID,
     STAT,
@@ -67,9 +80,12 @@ def pack_statfs(inode: Inode, mount: Mount | None) -> bytes:
     """struct statfs, 120 bytes."""
     sb = inode.sb
     bsize, blocks, bfree, bavail, files, ffree = sb.statfs()
-    flags = ST_VALID | ST_RELATIME
-    if mount is not None:
-        flags |= mount.flags & (MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    kept = mount.flags if mount is not None else 0
+    flags = ST_VALID | kept & (MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME | MS_NODIRATIME)
+    if not kept & (MS_NOATIME | MS_STRICTATIME):
+        flags |= ST_RELATIME
+    if kept & MS_NOSYMFOLLOW:
+        flags |= ST_NOSYMFOLLOW
     if sb.readonly:
         flags |= MS_RDONLY
     return STATFS.pack(sb.magic, bsize, blocks, bfree, bavail, files, ffree, sb.dev, NAME_MAX, bsize, flags)

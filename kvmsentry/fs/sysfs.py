@@ -161,7 +161,7 @@ class SysSuper(KernelSuper):
 
     magic = SYSFS_MAGIC
     fstype = "sysfs"
-    readonly = True
+    readonly = unchangeable = True
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
@@ -179,7 +179,7 @@ class CgroupSuper(KernelSuper):
 
     magic = CGROUP2_SUPER_MAGIC
     fstype = "cgroup2"
-    readonly = True
+    readonly = unchangeable = True
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)

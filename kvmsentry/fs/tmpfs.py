@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs.pages import PAGE, PageStore, Pool
-from kvmsentry.fs.vfs import O_NOATIME, File, Inode, Path, SuperBlock, path_of, without_set_id
+from kvmsentry.fs.vfs import (
+    MS_NOATIME,
+    MS_STRICTATIME,
+    O_NOATIME,
+    File,
+    Inode,
+    Path,
+    SuperBlock,
+    path_of,
+    without_set_id,
+)
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.kernel import Kernel
@@ -74,6 +84,7 @@ class TmpSuper(SuperBlock):
 
     def release(self) -> None:
         """The last mount is gone: let go of the tree; files that are open keep themselves alive."""
+        super().release()
         root = self.root
         if isinstance(root, TmpInode) and root.entries is not None:
             root.entries = {}
@@ -341,6 +352,8 @@ class TmpInode(Inode):
     def open(self, task: Task, path: Path, flags: int) -> Any:
         """An open file description."""
         if self.mode & 0o170000 == st.S_IFREG:
+            if path is not None and path.mount.flags & MS_STRICTATIME and not flags & O_NOATIME:  # memory_file has none
+                return StrictFile(self, path, flags)
             return TmpFile(self, path, flags)
         return super().open(task, path, flags)
 
@@ -463,7 +476,9 @@ class TmpFile(File):
         store = inode.store
         assert store is not None
         if inode.atime <= inode.mtime and not self.flags & O_NOATIME:  # relatime
-            inode.atime = _now()
+            place = self.path
+            if place is None or not place.mount.flags & MS_NOATIME:
+                inode.atime = _now()
         return store.read(views, pos, inode.size)
 
     def pwrite(self, views: list[memoryview], pos: int) -> int:
@@ -580,6 +595,17 @@ class TmpFile(File):
             backing = TmpBacking(inode, label)
             inode.paged = weakref.ref(backing)
         return backing
+
+
+class StrictFile(TmpFile):
+    """A file opened through a mount with MS_STRICTATIME: each read is a new access time."""
+
+    __slots__ = ()
+
+    def pread(self, views: list[memoryview], pos: int) -> int:
+        """pread(2)."""
+        self.inode.atime = _now()
+        return super().pread(views, pos)
 
 
 def _placed(runs: list[tuple[int, int]], page: int) -> Iterable[tuple[int, int, int]]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from kvmsentry.errors import Errno
+from kvmsentry.fs.mount import Mount
 from kvmsentry.kernel.traps import WaitQueue
 from kvmsentry.kernel.userns import ROOT, maps_inode
 
@@ -42,6 +43,7 @@ TASK_IO = 1 << 30
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8  # uapi/linux/mount.h
 MS_REMOUNT, MS_BIND, MS_REC = 32, 4096, 16384
+MS_NOSYMFOLLOW, MS_NOATIME, MS_NODIRATIME, MS_STRICTATIME = 256, 1024, 2048, 1 << 24
 
 POLLIN, POLLPRI, POLLOUT, POLLERR, POLLHUP, POLLNVAL = 1, 2, 4, 8, 16, 32  # uapi/asm-generic/poll.h
 POLLRDNORM, POLLRDBAND, POLLWRNORM, POLLWRBAND, POLLRDHUP = 64, 128, 256, 512, 0x2000
@@ -76,6 +78,10 @@ class SuperBlock:
     fstype = "none"
     readonly = False  # nothing in it may change, through whatever mount
     hides = False  # some names are not for everybody: `look` and `visible` are asked, as procfs has them
+    user_ns = ROOT  # whose root may change its options
+    unchangeable = False  # `readonly` stays as it is
+    active = 0  # mounts of it, in a tree or still in use
+    top: Dentry | None = None  # that of `root`, which all mounts share
     negatives = 0  # names known not to be there, since they were last forgotten
 
     def __init__(self) -> None:
@@ -96,6 +102,12 @@ class SuperBlock:
 
     def sync(self) -> None:
         """Write back what is dirty."""
+
+    def release(self) -> None:
+        """The last mount is gone: let go of what is held. Files that are open keep themselves alive."""
+        if self.top is not None:
+            self.top.children.clear()  # they hold inodes in cycles; memory must not wait for the collector
+            self.top = None
 
     def look(self, task: Task, directory: Inode, name: bytes) -> None:
         """Where `hides`: ENOENT or EPERM for a name that `task` may not look up."""
@@ -277,36 +289,6 @@ class Dentry:
         return self.parent is not self and self.parent.children.get(self.name) is not self
 
 
-class Mount:
-    """One entry of a mount namespace: the tree below `root` of `sb` shown at `mountpoint` of `parent`."""
-
-    __slots__ = ("id", "sb", "root", "parent", "mountpoint", "children", "flags", "namespace", "locked")
-    _next_id = 20
-
-    def __init__(self, sb: SuperBlock, root: Dentry, flags: int = 0) -> None:
-        Mount._next_id += 1
-        self.id = Mount._next_id
-        self.sb, self.root, self.flags = sb, root, flags
-        self.parent: Mount | None = None
-        self.mountpoint: Dentry | None = None
-        self.children: dict[Dentry, Mount] = {}
-        self.namespace: Any = None  # fs/mounts.py: MountNamespace, None while in none
-        self.locked = 0  # flags that must stay, and MNT_LOCKED: came from a more privileged namespace
-
-    def attach(self, parent: Mount, mountpoint: Dentry) -> None:
-        """Show this mount at `mountpoint` of `parent`; what was visible there is covered."""
-        self.parent, self.mountpoint = parent, mountpoint
-        parent.children[mountpoint] = self
-        mountpoint.mounted += 1
-
-    def detach(self) -> None:
-        """Take the mount out of the tree; open files keep it alive."""
-        assert self.parent is not None and self.mountpoint is not None
-        del self.parent.children[self.mountpoint]
-        self.mountpoint.mounted -= 1
-        self.parent = self.mountpoint = None
-
-
 class Path:
     """A place in the tree: a dentry seen through a mount."""
 
@@ -337,28 +319,27 @@ def without_set_id(mode: int) -> int:
 
 
 class FsContext:
-    """What a process's paths start from, shared with CLONE_FS."""
+    """What a process's paths start from, and the namespace that they lead through; shared with CLONE_FS."""
 
-    __slots__ = ("root", "cwd", "umask", "users")
+    __slots__ = ("root", "cwd", "umask", "namespace", "users")
 
-    def __init__(self, root: Path, cwd: Path, umask: int = 0o022) -> None:
+    def __init__(self, root: Path, cwd: Path, umask: int = 0o022, namespace: Any = None) -> None:
         self.root, self.cwd, self.umask = root, cwd, umask
+        # fs/mounttree.py: MountNamespace. None only before there is one, and for unit tests.
+        self.namespace = root.mount.namespace if namespace is None else namespace
         self.users = 1
 
     def put(self) -> None:
         """A task less; with the last one in a mount namespace below the first, its mounts go."""
         self.users -= 1
-        if not self.users:
-            namespace = self.root.mount.namespace
-            if namespace is not None:
-                namespace.put()
+        if not self.users and self.namespace is not None:
+            self.namespace.put()
 
     def copy(self) -> FsContext:
         """For fork without CLONE_FS."""
-        namespace = self.root.mount.namespace
-        if namespace is not None:
-            namespace.users += 1
-        return FsContext(self.root, self.cwd, self.umask)
+        if self.namespace is not None:
+            self.namespace.users += 1
+        return FsContext(self.root, self.cwd, self.umask, self.namespace)
 
 
 def permission(inode: Inode, mask: int, creds: Credentials) -> None:
@@ -536,7 +517,7 @@ def _walk(task: Task, path: bytes, start: Path | None, flags: int, parent: bool)
             raise Errno(errno.ENOENT)
         if inode.mode & 0o170000 == 0o120000 and (not last or flags & FOLLOW or must_be_directory):
             links += 1
-            if links > MAXSYMLINKS or flags & NO_SYMLINKS:
+            if links > MAXSYMLINKS or flags & NO_SYMLINKS or mount.flags & MS_NOSYMFOLLOW:
                 raise Errno(errno.ELOOP)
             place = inode.follow(task)
             if place is not None:

@@ -351,8 +351,8 @@ def new_credentials(task: Task, place: Path, inode: Inode) -> tuple[Credentials,
     mode = inode.mode
     ns = old.user_ns
     root = userns.root_uid(ns)
-    mounted = place.mount.namespace
-    suid_counts = not place.mount.flags & MS_NOSUID and (mounted is None or ns.below(mounted.user_ns))  # mnt_may_suid
+    mount = place.mount  # mnt_may_suid: one of another namespace does not count
+    suid_counts = not mount.flags & MS_NOSUID and mount.namespace is task.fs.namespace and ns.below(mount.sb.user_ns)
     if mode & (S_ISUID | S_ISGID) and suid_counts and not process.no_new_privs and userns.maps_inode(ns, inode):
         if mode & S_ISUID:
             euid = inode.uid

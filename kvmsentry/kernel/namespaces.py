@@ -1,7 +1,7 @@
 """Namespaces of a task together (namespaces(7)): making them (clone(2), unshare(2)) and entering them (setns(2)).
 
     Task.creds.user_ns   userns.py      Task.uts          task.py        Task.process.pid_ns   pidns.py
-    Task.fs.root.mount.namespace        fs/mounts.py      Task.ns        the others, below
+    Task.fs.namespace                   fs/mounttree.py   Task.ns        the others, below
 
 Who asks needs CAP_SYS_ADMIN towards the user namespace that will own the new ones: the one that the same call makes, if
 it makes one.
@@ -108,9 +108,9 @@ def _made(
         uts = UtsNamespace(uts.nodename, uts.domainname, owner)
         userns.count(kernel, "uts", uts)
     if flags & CLONE_NEWNS:
-        from kvmsentry.fs import mounts
+        from kvmsentry.fs import mountops
 
-        mounts.copy_namespace(fs, owner)
+        mountops.copy_namespace(fs, owner)
     return uts, task.ns.replace(**changes) if changes else task.ns
 
 
@@ -158,9 +158,7 @@ def of_task(task: Task, name: bytes) -> Any:
     if name == b"uts":
         return task.uts
     if name == b"mnt":
-        from kvmsentry.fs.mounts import namespace_of
-
-        return namespace_of(task)
+        return task.fs.namespace
     if name == b"ipc":
         from kvmsentry.kernel import sysvipc
 
@@ -207,13 +205,10 @@ def enter(task: Task, wanted: list[Any]) -> int:
         else:
             changes[kind.decode()] = namespace
     if mnt is not None:
-        from kvmsentry.fs.vfs import Path
-
-        mount, old = mnt.root, task.fs.root.mount.namespace
+        old, task.fs.namespace = task.fs.namespace, mnt
         mnt.users += 1
-        if old is not None:
-            old.put()
-        task.fs.root = task.fs.cwd = Path(mount, mount.root)
+        task.fs.root = task.fs.cwd = mnt.top()
+        old.put()
     if "ipc" in changes:
         from kvmsentry.kernel import sysvipc
 

@@ -151,9 +151,7 @@ def create(task: Task) -> Credentials:
     parent = old.user_ns
     if parent.level > MAX_LEVEL:
         raise Errno(errno.ENOSPC)
-    root = task.fs.root
-    namespace = root.mount.namespace
-    if root.dentry is not root.mount.root or (namespace is not None and root.mount is not namespace.root):
+    if task.fs.namespace is not None and task.fs.root != task.fs.namespace.top():
         raise Errno(errno.EPERM)  # current_chrooted: a namespace must not be the way out
     if from_kernel(parent.uid_map, old.euid) == INVALID or from_kernel(parent.gid_map, old.egid) == INVALID:
         raise Errno(errno.EPERM)

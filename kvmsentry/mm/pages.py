@@ -81,6 +81,10 @@ class Pages:
         """The most pages that were ever resident (hiwater_rss): noted when some go, not when they come."""
         return max(self._most_pages, self.rss_pages)
 
+    def forget_peak(self) -> None:
+        """`peak_pages` begins anew with what is resident now."""
+        self._most_pages = 0
+
     # -- removing
 
     def _zap(self, start: int, end: int) -> None:

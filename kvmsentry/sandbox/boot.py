@@ -141,7 +141,6 @@ class Sandbox:
     def run(self) -> int:
         """Start the first process, lock down, serve; returns its wait status."""
         from kvmsentry.fs import mounts
-        from kvmsentry.fs.vfs import Path
         from kvmsentry.kernel import fork
         from kvmsentry.kernel.task import Credentials
 
@@ -154,7 +153,7 @@ class Sandbox:
             owners=image_owners(spec.rootfs_owners),
             volumes=[(f"volume{n}", os.fsencode(v.guest), v.readonly) for n, v in enumerate(spec.volumes)],
         )
-        root = Path(namespace.root, namespace.root.root)
+        root = namespace.top()
         creds = Credentials(spec.uid, spec.gid, frozenset(spec.groups))
         log.mark("mounts")
         lookup = Lookup(kernel, root, creds)

@@ -7,7 +7,7 @@ import stat
 from typing import TYPE_CHECKING, Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs import mounts, vfs
+from kvmsentry.fs import mounts, mounttree, vfs
 from kvmsentry.fs.tmpfs import TmpSuper
 from kvmsentry.kernel.task import Credentials
 from kvmsentry.sandbox.spec import SandboxSpec
@@ -42,7 +42,6 @@ def write(kernel: Any, root: vfs.Path, spec: SandboxSpec, network: Network) -> N
         return  # this host's own files, shown as they are
     task: Any = _Root(kernel, root)
     sb: TmpSuper | None = None
-    namespace = root.mount.namespace
     for name, text in texts(spec, network).items():
         try:
             place = vfs.walk(task, b"/etc/" + name)
@@ -56,14 +55,14 @@ def write(kernel: Any, root: vfs.Path, spec: SandboxSpec, network: Network) -> N
             sb = TmpSuper(kernel, mode=0o755)
         if place is None:
             try:
-                place = mounts._mountpoint(task, b"/etc/" + name, stat.S_IFREG)
+                place = mounts.mountpoint(task, b"/etc/" + name, stat.S_IFREG)
             except Errno:
                 continue  # no /etc, or nothing may be written: the application does without it
         inode = sb.root.create(name, stat.S_IFREG | 0o644, task.creds)
-        mount = mounts.new_mount(sb)
+        mount = mounttree.new_mount(sb)
         dentry = mount.root.add(name, inode)
         mount.root = dentry
         file = inode.open(task, vfs.Path(mount, dentry), vfs.O_WRONLY)
         file.write([memoryview(bytearray(text.encode()))])
         file.put()
-        namespace.attach(mount, place)
+        mounttree.attach(mount, mounttree.summit(place))

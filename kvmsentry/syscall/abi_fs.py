@@ -27,7 +27,7 @@ STATX_ATTR_MOUNT_ROOT = 0x2000
 STATFS = struct.Struct("<qqQQQQQQqqq32x")
 assert STATFS.size == 120
 ST_VALID = 0x20  # include/linux/statfs.h
-ST_RELATIME = 0x1000
+ST_RELATIME, ST_NOSYMFOLLOW = 0x1000, 0x2000
 
 DIRENT64 = struct.Struct("<QqHB")  # struct linux_dirent64 up to the name: ino, off, reclen, type
 DIRENT = struct.Struct(

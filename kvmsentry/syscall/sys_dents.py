@@ -7,7 +7,7 @@ import time
 
 from kvmsentry.errors import Errno
 from kvmsentry.fs.inotify import accessed
-from kvmsentry.fs.vfs import O_NOATIME, WATCHES, File
+from kvmsentry.fs.vfs import MS_NOATIME, MS_NODIRATIME, MS_STRICTATIME, O_NOATIME, WATCHES, File
 from kvmsentry.kernel.task import Task
 from kvmsentry.syscall.abi_fs import DIRENT, DIRENT64
 from kvmsentry.syscall.table import Fd, UInt, UserPtr, syscall
@@ -30,8 +30,11 @@ def _snapshot(task: Task, file: File) -> list[tuple[bytes, int, int]]:
     entries = [(b".", inode.ino, 4), (b"..", parent.ino, 4)]
     names = inode.readdir()
     entries += inode.sb.visible(task, inode, names) if inode.sb.hides else names
-    if inode.atime <= inode.mtime and not file.flags & O_NOATIME and inode.sb.caching and not inode.sb.readonly:
-        inode.atime = time.time_ns()  # relatime, in memory only
+    how = place.mount.flags if place is not None else 0
+    if (inode.atime <= inode.mtime or how & MS_STRICTATIME) and not (
+        file.flags & O_NOATIME or how & (MS_NOATIME | MS_NODIRATIME) or inode.sb.readonly or not inode.sb.caching
+    ):
+        inode.atime = time.time_ns()  # in memory only
     return entries
 
 

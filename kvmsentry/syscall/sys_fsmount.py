@@ -3,7 +3,8 @@
     fsopen -> context --fsconfig: options, CREATE--> super block --fsmount--> mount without a place --move_mount-->
     open_tree(OPEN_TREE_CLONE) -> a copy of a mount without a place                                 --move_mount-->
 
-A mount without a place is in no namespace; the descriptor that shows it ends it, unless it was moved somewhere.
+A mount without a place is in a namespace without a name; the descriptor that shows it ends it, unless it was moved
+somewhere.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import errno
 import struct
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs import mounts, vfs
+from kvmsentry.fs import mountops, mounts, mounttree, vfs
 from kvmsentry.fs.anon import AnonFile
+from kvmsentry.fs.mountops import may_mount
 from kvmsentry.fs.vfs import (
     MS_NODEV,
     MS_NOEXEC,
@@ -23,14 +25,13 @@ from kvmsentry.fs.vfs import (
     O_PATH,
     O_RDWR,
     PATH_MAX,
-    Dentry,
     File,
     Mount,
     SuperBlock,
 )
 from kvmsentry.kernel import cap
 from kvmsentry.kernel.task import Task
-from kvmsentry.kernel.userns import ROOT, capable
+from kvmsentry.kernel.userns import capable
 from kvmsentry.syscall.sys_io import install
 from kvmsentry.syscall.sys_path import AT_EMPTY_PATH, AT_FDCWD, AT_SYMLINK_NOFOLLOW, place_at
 from kvmsentry.syscall.table import DirFd, Fd, Int, Path, Size, UInt, UserPtr, syscall
@@ -41,13 +42,13 @@ FSPICK_SYMLINK_NOFOLLOW, FSPICK_NO_AUTOMOUNT, FSPICK_EMPTY_PATH = 2, 4, 8
 SET_FLAG, SET_STRING, SET_BINARY, SET_PATH, SET_PATH_EMPTY, SET_FD, CMD_CREATE, CMD_RECONFIGURE = range(8)
 MOVE_MOUNT_F_SYMLINKS, MOVE_MOUNT_F_EMPTY_PATH = 1, 4
 MOVE_MOUNT_T_SYMLINKS, MOVE_MOUNT_T_EMPTY_PATH = 0x10, 0x40
-MOVE_MOUNT_MASK = 0x77
+MOVE_MOUNT_SET_GROUP, MOVE_MOUNT_MASK = 0x100, 0x177
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_NOEXEC, ATTR_ATIME, ATTR_NOATIME = 1, 2, 4, 8, 0x70, 0x10
 ATTR_STRICTATIME, ATTR_NODIRATIME, ATTR_IDMAP, ATTR_NOSYMFOLLOW = 0x20, 0x80, 0x100000, 0x200000
 ATTR_ALL = 15 | ATTR_ATIME | ATTR_NODIRATIME | ATTR_NOSYMFOLLOW
 _FLAGS = (
     (ATTR_RDONLY, MS_RDONLY), (ATTR_NOSUID, MS_NOSUID), (ATTR_NODEV, MS_NODEV), (ATTR_NOEXEC, MS_NOEXEC),
-    (ATTR_NODIRATIME, mounts.MS_NODIRATIME), (ATTR_NOSYMFOLLOW, mounts.MS_NOSYMFOLLOW),
+    (ATTR_NODIRATIME, vfs.MS_NODIRATIME), (ATTR_NOSYMFOLLOW, vfs.MS_NOSYMFOLLOW),
 )  # fmt: skip
 MOUNT_ATTR = struct.Struct("<4Q")  # struct mount_attr: set, clear, propagation, userns_fd
 SUPER_FLAGS = {"ro", "rw", "sync", "async", "dirsync", "lazytime", "nolazytime", "mand", "nomand", "silent"}
@@ -102,24 +103,12 @@ class TreeFile(File):
         inode = mount.root.inode
         assert inode is not None
         super().__init__(inode, vfs.Path(mount, mount.root), O_PATH)
-        self.mount = mount
+        self.mount, self.tree = mount, mount.namespace
 
     def release(self) -> None:
-        """Nobody will put it anywhere any more."""
-        if self.mount.namespace is None and self.mount.parent is None:
-            _dissolve(self.mount)
-
-
-def _dissolve(mount: Mount) -> None:
-    for child in list(mount.children.values()):
-        _dissolve(child)
-        child.detach()
-    mounts._put_super(mount.sb)
-
-
-def _privileged(task: Task) -> None:
-    if not capable(task.creds, mounts.namespace_of(task).user_ns, cap.SYS_ADMIN):
-        raise Errno(errno.EPERM)
+        """Nobody will put it anywhere any more (dissolve_on_fput)."""
+        if self.mount.namespace is self.tree:
+            mounttree.unmount_tree(self.mount, propagate=False, connected=True)
 
 
 def _text(task: Task, pointer: int, limit: int) -> str:
@@ -134,7 +123,7 @@ def _flags_of(attributes: int) -> int:
     atime = attributes & ATTR_ATIME
     if atime not in (0, ATTR_NOATIME, ATTR_STRICTATIME):
         raise Errno(errno.EINVAL)
-    flags = mounts.MS_NOATIME if atime == ATTR_NOATIME else 0
+    flags = {ATTR_NOATIME: vfs.MS_NOATIME, ATTR_STRICTATIME: vfs.MS_STRICTATIME}.get(atime, 0)
     for attribute, flag in _FLAGS:
         if attributes & attribute:
             flags |= flag
@@ -144,7 +133,7 @@ def _flags_of(attributes: int) -> int:
 @syscall(430, note="the file systems that mount(2) has")
 def fsopen(task: Task, fsname: UserPtr, flags: UInt) -> int:
     """fsopen(2)."""
-    _privileged(task)
+    may_mount(task)
     if flags & ~FSOPEN_CLOEXEC:
         return -errno.EINVAL
     fstype = _text(task, fsname, 4096)
@@ -156,7 +145,7 @@ def fsopen(task: Task, fsname: UserPtr, flags: UInt) -> int:
 @syscall(433)
 def fspick(task: Task, dirfd: DirFd, pathname: Path, flags: UInt) -> int:
     """fspick(2): a mounted file system, to be changed."""
-    _privileged(task)
+    may_mount(task)
     if flags & ~(FSPICK_CLOEXEC | FSPICK_SYMLINK_NOFOLLOW | FSPICK_NO_AUTOMOUNT | FSPICK_EMPTY_PATH):
         return -errno.EINVAL
     path = task.mm.read_cstring(pathname, PATH_MAX)
@@ -196,22 +185,23 @@ def fsconfig(task: Task, fd: Fd, command: UInt, key: UserPtr, value: UserPtr, au
     if command == CMD_CREATE:
         if context.mount is not None or context.sb is not None:
             return -errno.EBUSY
-        _privileged(task)
+        may_mount(task)
         context.sb = mounts.new_super(task, context.fstype, context.options)
-        if not context.sb.__dict__.get("mount_count"):
+        if not context.sb.active:
             context.sb.source = context.source or "none"
+            context.sb.readonly |= bool(context.readonly)
         return 0
     if command == CMD_RECONFIGURE:
         if context.mount is None:
             return -errno.EBUSY
-        _privileged(task)
-        mount = context.mount
-        if not capable(task.creds, mount.sb.__dict__.get("user_ns", ROOT), cap.SYS_ADMIN):
+        may_mount(task)
+        sb = context.mount.sb
+        if not capable(task.creds, sb.user_ns, cap.SYS_ADMIN):
             return -errno.EPERM
-        if context.options and hasattr(mount.sb, "configure"):
-            mount.sb.configure(mounts.own_options(task, mount.sb.fstype, context.options))
         if context.readonly is not None:
-            mount.flags = mount.flags & ~MS_RDONLY | (MS_RDONLY if context.readonly else 0)
+            mountops.remount_super(task, sb, context.readonly)
+        if context.options and hasattr(sb, "configure"):
+            sb.configure(mounts.own_options(task, sb.fstype, context.options))
         context.options, context.readonly = {}, None
         return 0
     name = _text(task, key, 256)
@@ -226,7 +216,7 @@ def fsconfig(task: Task, fd: Fd, command: UInt, key: UserPtr, value: UserPtr, au
 @syscall(432)
 def fsmount(task: Task, fs_fd: Fd, flags: UInt, attributes: UInt) -> int:
     """fsmount(2): a mount without a place, as a descriptor."""
-    _privileged(task)
+    may_mount(task)
     if flags & ~FSMOUNT_CLOEXEC or attributes & ~ATTR_ALL:
         return -errno.EINVAL
     kept = _flags_of(attributes)
@@ -235,19 +225,11 @@ def fsmount(task: Task, fs_fd: Fd, flags: UInt, attributes: UInt) -> int:
         return -errno.EINVAL
     if context.mounted:
         return -errno.EBUSY
+    mount = mounttree.new_mount(context.sb, flags=kept)
+    mount.locked = mountops.revealing(task, mount)
     context.mounted = True
-    mount = mounts.new_mount(context.sb, flags=kept | (MS_RDONLY if context.readonly else 0))
+    mountops.descriptor_tree(task, mount, None)
     return install(task, TreeFile(mount), 0, bool(flags & FSMOUNT_CLOEXEC))
-
-
-def _copy(old: Mount, new: Mount, below: Dentry) -> None:
-    """The mounts below `below` of `old`, again below `new`."""
-    for dentry, child in list(old.children.items()):
-        if child is not new and mounts._dentry_below(dentry, below):
-            twin = mounts.new_mount(child.sb, child.root, child.flags)
-            twin.locked = child.locked
-            twin.attach(new, dentry)
-            _copy(child, twin, child.root)
 
 
 @syscall(428)
@@ -257,26 +239,20 @@ def open_tree(task: Task, dirfd: DirFd, pathname: Path, flags: UInt) -> int:
     if flags & ~known or flags & (AT_RECURSIVE | OPEN_TREE_CLONE) == AT_RECURSIVE:
         return -errno.EINVAL
     if flags & OPEN_TREE_CLONE:
-        _privileged(task)
+        may_mount(task)
     path = task.mm.read_cstring(pathname, PATH_MAX)
     place = place_at(task, dirfd, path, not flags & AT_SYMLINK_NOFOLLOW, bool(flags & AT_EMPTY_PATH))
     if not flags & OPEN_TREE_CLONE:
         return install(task, File(place.inode, place, O_PATH), 0, bool(flags & O_CLOEXEC))
-    if place.mount.namespace is not mounts.namespace_of(task):
-        return -errno.EINVAL
-    if not flags & AT_RECURSIVE and mounts.has_locked_children(place):
-        return -errno.EINVAL
-    mount = mounts.new_mount(place.mount.sb, place.dentry, place.mount.flags)
-    mount.locked = place.mount.locked & ~mounts.MNT_LOCKED
-    if flags & AT_RECURSIVE:
-        _copy(place.mount, mount, place.dentry)
+    mount = mountops.copy_of(task, place, bool(flags & AT_RECURSIVE))
+    mountops.descriptor_tree(task, mount, place.mount.namespace)
     return install(task, TreeFile(mount), 0, bool(flags & O_CLOEXEC))
 
 
-@syscall(429, partial="no MOVE_MOUNT_SET_GROUP, MOVE_MOUNT_BENEATH: all mounts are private")
+@syscall(429)
 def move_mount(task: Task, from_fd: DirFd, from_path: Path, to_fd: DirFd, to_path: Path, flags: UInt) -> int:
     """move_mount(2)."""
-    _privileged(task)
+    may_mount(task)
     if flags & ~MOVE_MOUNT_MASK:
         return -errno.EINVAL
     source = place_at(
@@ -287,20 +263,14 @@ def move_mount(task: Task, from_fd: DirFd, from_path: Path, to_fd: DirFd, to_pat
         task, to_fd, task.mm.read_cstring(to_path, PATH_MAX), bool(flags & MOVE_MOUNT_T_SYMLINKS),
         bool(flags & MOVE_MOUNT_T_EMPTY_PATH),
     )  # fmt: skip
-    namespace = mounts.namespace_of(task)
-    if target.mount.namespace is not namespace or source.dentry is not source.mount.root:
-        return -errno.EINVAL
-    mount = source.mount
-    if mount.namespace is namespace:
-        mounts.move(task, target, source)
-        return 0
-    if mount.namespace is not None or mount.parent is not None:
-        return -errno.EINVAL
-    mounts.attach_tree(task, mount, target)
+    if flags & MOVE_MOUNT_SET_GROUP:
+        mountops.set_group(task, source, target)
+    else:
+        mountops.move(task, target, source)
     return 0
 
 
-@syscall(442, partial="no MOUNT_ATTR_IDMAP; propagation is checked and forgotten: all mounts are private")
+@syscall(442, partial="no MOUNT_ATTR_IDMAP")
 def mount_setattr(task: Task, dirfd: DirFd, pathname: Path, flags: UInt, uattr: UserPtr, size: Size) -> int:
     """mount_setattr(2)."""
     if flags & ~(AT_EMPTY_PATH | AT_RECURSIVE | AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT):
@@ -309,14 +279,14 @@ def mount_setattr(task: Task, dirfd: DirFd, pathname: Path, flags: UInt, uattr: 
         return -errno.E2BIG
     if size < MOUNT_ATTR.size:
         return -errno.EINVAL
-    _privileged(task)
+    may_mount(task)
     raw = task.mm.read(uattr, size)
     if any(raw[MOUNT_ATTR.size :]):
         return -errno.E2BIG
     setting, clearing, propagation, _ = MOUNT_ATTR.unpack_from(raw)
     if not (setting or clearing or propagation):
         return 0
-    if propagation & ~mounts.PROPAGATION or propagation & (propagation - 1):
+    if propagation & ~mountops.PROPAGATION or propagation & (propagation - 1):
         return -errno.EINVAL
     if (setting | clearing) & ~ATTR_ALL:  # ATTR_IDMAP too
         return -errno.EINVAL
@@ -326,17 +296,10 @@ def mount_setattr(task: Task, dirfd: DirFd, pathname: Path, flags: UInt, uattr: 
     elif setting & ATTR_ATIME:
         return -errno.EINVAL
     add = _flags_of(setting)
-    remove = _flags_of(clearing & ~ATTR_ATIME) | (mounts.MS_NOATIME if clearing & ATTR_ATIME else 0)
+    remove = _flags_of(clearing & ~ATTR_ATIME)
+    if clearing & ATTR_ATIME:
+        remove |= vfs.MS_NOATIME | vfs.MS_STRICTATIME
     path = task.mm.read_cstring(pathname, PATH_MAX)
     place = place_at(task, dirfd, path, not flags & AT_SYMLINK_NOFOLLOW, bool(flags & AT_EMPTY_PATH))
-    mount = place.mount
-    if place.dentry is not mount.root or mount.namespace not in (None, mounts.namespace_of(task)):
-        return -errno.EINVAL
-    changed = list(mounts._tree(mount)) if flags & AT_RECURSIVE else [mount]
-    if any(each.locked & mounts.LOCKABLE & ~(each.flags & ~remove | add) for each in changed):
-        return -errno.EPERM  # can_change_locked_flags
-    for each in changed:
-        each.flags = each.flags & ~remove | add
-    if mount.namespace is not None:
-        mount.namespace.changed()
+    mountops.change_flags(task, place, add, remove, propagation, bool(flags & AT_RECURSIVE))
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import struct
 
-from kvmsentry.fs import mounts
+from kvmsentry.fs import mounts, mounttree
 from kvmsentry.kernel.task import Task
 from kvmsentry.syscall.table import Int, UInt, ULong, UserPtr, syscall
 
@@ -15,7 +15,7 @@ _USTAT = struct.Struct("<i4xQ16x")  # struct ustat: f_tfree, f_tinode, two names
 @syscall(136)
 def ustat(task: Task, dev: UInt, ubuf: UserPtr) -> int:
     """ustat(2): free blocks and inodes of the mounted file system with that device number."""
-    for mount in mounts.all_mounts(task):
+    for mount in mounttree.all_mounts(task):
         if mount.sb.dev == dev:
             _, _, free, _, _, files = mount.sb.statfs()
             task.mm.write(ubuf, _USTAT.pack(free & 0x7FFFFFFF, files))

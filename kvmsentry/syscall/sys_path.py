@@ -637,7 +637,7 @@ def umask(task: Task, mask: Mode) -> int:
 # -- file systems as a whole
 @syscall(162)
 def sync(task: Task) -> int:
-    from kvmsentry.fs.mounts import all_mounts
+    from kvmsentry.fs.mounttree import all_mounts
 
     for sb in {mount.sb for mount in all_mounts(task)}:
         sb.sync()

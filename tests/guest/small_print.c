@@ -266,8 +266,41 @@ static void memory_to_pipe(void)
 	close(ends[1]);
 }
 
+/* A word for each page: which are there. The frame numbers are nobody's business. */
+static void page_map(void)
+{
+	char *pages = mmap(NULL, 8 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	char *shared = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	int fd = open("/proc/self/pagemap", O_RDONLY), clear;
+	uint64_t words[3];
+	off_t at = (uintptr_t)pages / 4096 * 8;
+
+	CHECK(fd >= 0 && pages != MAP_FAILED && madvise(pages, 8 << 20, MADV_NOHUGEPAGE) == 0);
+	pages[0] = 1;
+	CHECK(pread(fd, words, 8, at) == 8 && words[0] >> 63 && !(words[0] >> 61 & 3) && words[0] >> 56 & 1);
+	CHECK(munmap(pages, 4096) == 0);
+	CHECK(pread(fd, words, 8, at) == 8 && !words[0]);
+	CHECK(shared != MAP_FAILED);
+	*shared = 1;
+	CHECK(pread(fd, words, 8, (uintptr_t)shared / 4096 * 8) == 8 && words[0] >> 63 && (words[0] >> 61 & 3) == 1);
+	CHECK(pread(fd, words, sizeof(words), (uintptr_t)words / 4096 * 8) == sizeof(words) && words[0] >> 63);
+	FAILS(pread(fd, words, 8, at + 1), EINVAL);
+	FAILS(pread(fd, words, 7, at), EINVAL);
+	CHECK(pread(fd, words, 8, 1L << 60) == 0);
+	munmap(pages + 4096, (8 << 20) - 4096);
+	munmap(shared, 4096);
+	close(fd);
+	clear = open("/proc/self/clear_refs", O_WRONLY);
+	CHECK(clear >= 0 && pwrite(clear, "4\n", 2, 0) == 2 && pwrite(clear, "5", 1, 0) == 1);
+	FAILS(pwrite(clear, "0", 1, 0), EINVAL);
+	FAILS(pwrite(clear, "6", 1, 0), EINVAL);
+	FAILS(pwrite(clear, "x", 1, 0), EINVAL);
+	close(clear);
+}
+
 int main(void)
 {
+	page_map();
 	memory_to_pipe();
 	splices();
 	pairs();

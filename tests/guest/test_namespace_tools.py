@@ -30,6 +30,12 @@ COMMANDS = {
     "umount $d/u; rm -r $d",
     "mount-namespace-file": "unshare -m sh -c 'mount -t tmpfs x /mnt; touch /mnt/here; exec sleep 1' & sleep 0.5; "
     "exec 7</proc/$!/ns/mnt; wait; exec nsenter --mount=/proc/self/fd/7 ls /mnt",
+    "propagation": "unshare -m sh -c 'mount -t tmpfs x /mnt; cd /mnt; mkdir a b c; mount -t tmpfs x a; "
+    "mount --make-shared a; mount --bind a b; mount --bind a c; mount --make-slave c; mkdir a/d; mount -t tmpfs x a/d; "
+    "findmnt -nlo TARGET,PROPAGATION -R /mnt; umount b/d; findmnt -nlo TARGET -R /mnt; "
+    "unshare -m --propagation unchanged findmnt -no PROPAGATION /mnt/a; unshare -m findmnt -no PROPAGATION /mnt/a; "
+    "unshare -m --propagation slave findmnt -no PROPAGATION /mnt/b; unshare -Urm findmnt -no PROPAGATION /mnt/c; "
+    "mount --make-unbindable b; mount --bind b /opt; echo $?; umount -R /mnt/a; echo $?'",
     "lsns": "unshare -Urpf sleep 60 & sleep 0.5; lsns -n -p $(pgrep -P $!) -t pid -o TYPE,NPROCS,COMMAND; "
     "kill -9 $(pgrep -P $!)",
     "bwrap": "bwrap --ro-bind / / --unshare-all --proc /proc --dev /dev --tmpfs /tmp --hostname b --die-with-parent "

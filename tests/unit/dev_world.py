@@ -12,7 +12,7 @@ from typing import Any
 from kernel_fakes import SCRATCH, KernelWorld
 
 from kvmsentry.errors import Errno
-from kvmsentry.fs import mounts
+from kvmsentry.fs import mounts, mounttree
 from kvmsentry.fs.hostterm import open_terminal
 from kvmsentry.fs.vfs import FOLLOW, O_RDONLY, Path, walk
 
@@ -30,7 +30,7 @@ class DevWorld(KernelWorld):
         self.watched: dict[int, tuple[int, Any]] = {}
         platform: Any = self.platform
         platform.watch, platform.unwatch = self._watch, self._unwatch
-        namespace = mounts.MountNamespace(self.root.mount)
+        mounttree.MountNamespace(self.root.mount)
         task: Any = mounts._Builder(self.kernel, self.root)
         for name in (b"proc", b"sys", b"dev"):
             self.directory(name)
@@ -41,7 +41,7 @@ class DevWorld(KernelWorld):
             (b"/dev", "devtmpfs"),
             (b"/dev/pts", "devpts"),
         ):
-            namespace.attach(mounts.new_mount(mounts.make_super(self.kernel, fstype)), walk(task, target))
+            mounttree.attach(mounttree.new_mount(mounts.make_super(self.kernel, fstype)), walk(task, target))
 
     def _watch(self, fd: int, events: int, callback: Any) -> None:
         self.watched[fd] = events, callback
@@ -149,7 +149,7 @@ class DevWorld(KernelWorld):
             elif st.S_ISDIR(inode.mode):
                 if depth:
                     self.dump(task, here, os.fsdecode(there), depth - 1)
-            elif name not in (b"mem", b"clear_refs", b"kmsg"):
+            elif name not in (b"mem", b"pagemap", b"clear_refs", b"kmsg"):
                 content = self.whole(task, here)
                 if isinstance(content, bytes):
                     with open(there, "wb") as copy:

@@ -10,9 +10,9 @@ from mm_fakes import FakeMemory, World
 
 from kvmsentry.fs.fdtable import FdTable
 from kvmsentry.fs.goferfs import GoferSuper
-from kvmsentry.fs.mounts import MountNamespace, new_mount
+from kvmsentry.fs.mounts import first_namespace
 from kvmsentry.fs.overlay import OverlaySuper
-from kvmsentry.fs.vfs import FsContext, Path
+from kvmsentry.fs.vfs import FsContext
 from kvmsentry.gofer.client import Client
 from kvmsentry.gofer.nodes import Tree
 from kvmsentry.gofer.server import Server
@@ -76,9 +76,7 @@ class FsWorld(World):
         return OverlaySuper(self.kernel, self.gofer_super(path), size)
 
     def task(self, sb, uid: int = 0, gid: int = 0, groups: frozenset[int] = frozenset()) -> FsTask:
-        root = new_mount(sb)
-        MountNamespace(root)
-        place = Path(root, root.root)
+        place = first_namespace(self.kernel, sb).top()
         group = ProcessGroup(1, Session(1))
         process = Process(self.kernel, 1, None, group)
         creds = Credentials(uid, gid, groups)

@@ -10,9 +10,10 @@ import pytest
 from fs_world import AT_FDCWD, FsWorld, gofer
 
 from kvmsentry.errors import Errno, UserError
-from kvmsentry.fs import filemap, goferfs, mounts
+from kvmsentry.fs import filemap, goferfs, mountops, mounts
+from kvmsentry.fs.proc import mounttable
 from kvmsentry.fs.tmpfs import TmpSuper
-from kvmsentry.fs.vfs import Path, walk
+from kvmsentry.fs.vfs import FsContext, walk
 from kvmsentry.kernel.task import Credentials
 
 PAGE = 4096
@@ -273,8 +274,8 @@ def test_mount_and_umount(task):
     task.put(b"/a/x", b"x")
     assert task.call(82, b"/a/x", b"/x") == -e.EXDEV and task.call(86, b"/a/x", b"/x") == -e.EXDEV
     assert task.call(84, b"/a") == -e.EBUSY and task.call(82, b"/a", b"/c") == -e.EBUSY
-    assert b" /a tmpfs rw,nosuid,relatime,size=64k,mode=700 0 0\n" in mounts.mounts_text(task)
-    assert b" /a rw,nosuid,relatime - tmpfs none rw,size=64k,mode=700\n" in mounts.mountinfo_text(task)
+    assert b" /a tmpfs rw,nosuid,relatime,size=64k,mode=700 0 0\n" in mounttable.mounts_text(task)
+    assert b" /a rw,nosuid,relatime - tmpfs none rw,size=64k,mode=700\n" in mounttable.mountinfo_text(task)
     fd = task.open(b"/a/x")
     assert task.call(166, b"/a", 0) == -e.EBUSY
     assert task.call(166, b"/a", 2) == 0  # MNT_DETACH
@@ -309,7 +310,7 @@ def test_bind_mounts(task):
     assert mount(task, b"/file", b"/target", b"", MS_BIND) == 0 and task.slurp(b"/target") == b"file"
     assert task.call(87, b"/target") == -e.EBUSY
     assert mount(task, b"/file", b"/a", b"", MS_BIND) == -e.ENOTDIR
-    assert b" /a /b ro,relatime - " in mounts.mountinfo_text(task)
+    assert b" /a /b ro,relatime - " in mounttable.mountinfo_text(task)
 
 
 def test_recursive_bind_and_move(task):
@@ -328,7 +329,7 @@ def test_namespace_copy_and_pivot(task):
     task.call(83, b"/b/old", 0o755)
     old_root = task.fs.root
     old_root.mount.namespace.users += 1  # somebody else is there too
-    mounts.copy_namespace(task.fs)
+    mountops.copy_namespace(task.fs)
     assert task.fs.root.mount is not old_root.mount
     assert task.call(155, b"/b", b"/b/old") == 0
     assert task.slurp(b"/old/file") == b"file" and task.stat(b"/file") == -e.ENOENT
@@ -347,14 +348,14 @@ def test_build(world, image, tmp_path_factory, monkeypatch):
     world.clients.append(client)
     namespace = mounts.build(world.kernel, client, volumes=[("volume0", b"/srv/deep/data", False)])
     task = world.task(TmpSuper(world.kernel))
-    task.fs.root = task.fs.cwd = Path(namespace.root, namespace.root.root)
+    task.fs = FsContext(namespace.top(), namespace.top())
     assert task.slurp(b"/srv/deep/data/v") == b"from the host"
     task.put(b"/srv/deep/data/new", b"to the host")
     assert (data / "new").read_bytes() == b"to the host"
     task.put(b"/etc/conf", b"ours")
     assert not (image / "srv").exists() and not (image / "proc").exists()
     assert task.call(83, b"/dev/shm/x", 0o755) == 0
-    text = mounts.mounts_text(task).decode()
+    text = mounttable.mounts_text(task).decode()
     assert [line.split()[1] for line in text.splitlines()][:2] == ["/", "/proc"]
     with pytest.raises(UserError):
         mounts.build(world.kernel, client, volumes=[("nothing", b"/x", False)])
@@ -367,7 +368,7 @@ def test_read_only_root(world, image, monkeypatch):
     world.clients.append(client)
     namespace = mounts.build(world.kernel, client, readonly_root=True)
     task = world.task(TmpSuper(world.kernel))
-    task.fs.root = task.fs.cwd = Path(namespace.root, namespace.root.root)
+    task.fs = FsContext(namespace.top(), namespace.top())
     assert task.open(b"/etc/conf", 1) == -e.EROFS
     assert task.open(b"/dev/shm/x", 0o101) >= 0
     assert task.call(280, AT_FDCWD, b"/etc/conf", 0, 0) == -e.EROFS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import stat as st
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from kvmsentry.errors import Errno
 from kvmsentry.fs.anon import gather, scatter
 from kvmsentry.fs.proc.access import look
 from kvmsentry.fs.vfs import File, Inode, Path, SuperBlock
+from kvmsentry.mm.pagetables import GPA, OWNED
 
 if TYPE_CHECKING:
     from kvmsentry.kernel.kernel import Kernel
@@ -21,6 +23,8 @@ PAGE = 4096
 VM_GROWSDOWN, VM_LOCKED, VM_NORESERVE, VM_DONTFORK, VM_WIPEONFORK, VM_STACK = 2, 4, 8, 16, 32, 256  # mm/vma.py
 NAME_COLUMN = 73  # seq_setwidth(m, 25 + sizeof(void *) * 6 - 1), fs/proc/task_mmu.c
 ARGUMENT_LIMIT = 1 << 20  # bytes of arguments or environment shown
+PAGEMAP_LIMIT = 1 << 18  # bytes that a read of pagemap gives at most: what 128 MiB of addresses hold
+PM_PRESENT, PM_FILE, PM_EXCLUSIVE = 1 << 63, 1 << 61, 1 << 56  # fs/proc/task_mmu.c
 
 
 def _line(vma: Any) -> bytes:
@@ -258,3 +262,66 @@ class MemInode(Inode):
         target = self.target()
         look(task, target)
         return MemFile(self, path, flags, target.mm)
+
+
+class PagemapFile(MemFile):
+    """/proc/PID/pagemap, opened: eight bytes a page, at page number times eight. Frame numbers are 0, as Linux shows
+    them to the unprivileged; nobody tracks which pages are soft-dirty (Documentation/admin-guide/mm/pagemap.rst)."""
+
+    def pread(self, views: list[memoryview], pos: int) -> int:
+        """Words of the pages from `pos` on; EINVAL unless position and length are whole words; 0 at the end."""
+        length = sum(map(len, views))
+        if pos % 8 or length % 8:
+            raise Errno(errno.EINVAL)
+        mm = self.mm
+        if mm is None or not mm.users:
+            return 0
+        start = pos // 8 * PAGE
+        end = min(start + min(length, PAGEMAP_LIMIT) // 8 * PAGE, mm.user_top + PAGE - 1 & -PAGE)
+        if end <= start:
+            return 0
+        words = array("Q", bytes((end - start) // PAGE * 8))
+        for vma in mm.tree.range(start, end):
+            first, last = max(start, vma.start), min(end, vma.end)
+            for va, entry, pages in mm.mmu.runs(first, last - first):
+                word = PM_PRESENT
+                if vma.shared or (vma.backing is not None and not entry & OWNED):
+                    word |= PM_FILE
+                elif entry & OWNED and mm.frames.sole(entry & GPA, pages):
+                    word |= PM_EXCLUSIVE
+                at = (va - start) // PAGE
+                words[at : at + pages] = array("Q", [word]) * pages
+        return scatter(views, memoryview(words).cast("B"))
+
+    def pwrite(self, views: list[memoryview], pos: int) -> int:
+        """EINVAL: it has no such operation."""
+        raise Errno(errno.EINVAL)
+
+
+class PagemapInode(MemInode):
+    """/proc/PID/pagemap."""
+
+    def __init__(self, sb: SuperBlock, target: Any) -> None:
+        super().__init__(sb, target)
+        self.mode = st.S_IFREG | 0o400
+
+    def open(self, task: Task, path: Path, flags: int) -> File:
+        """For those who may look."""
+        target = self.target()
+        look(task, target)
+        return PagemapFile(self, path, flags, target.mm)
+
+
+def clear_refs(writer: Task, target: Task, data: bytes) -> None:
+    """/proc/PID/clear_refs: 1 to 4 forget which pages were used or written, which nobody tracks; 5 makes the largest
+    resident size the present one. EINVAL."""
+    look(writer, target)
+    try:
+        kind = int(data.strip(b" \t\n\0"), 10)
+    except ValueError:
+        raise Errno(errno.EINVAL) from None
+    if not 1 <= kind <= 5:
+        raise Errno(errno.EINVAL)
+    mm = target.mm
+    if kind == 5 and mm is not None:
+        mm.forget_peak()

@@ -368,11 +368,6 @@ def set_coredump_filter(writer: Task, target: Task, data: bytes) -> None:
     setattr(target.process, "coredump_filter", _number(data, 0) & 0x1FF)  # noqa: B010
 
 
-def ignored_write(writer: Task, target: Task, data: bytes) -> None:
-    """clear_refs and the like: there is nothing to clear."""
-    look(writer, target)
-
-
 def no_label(reader: Task, target: Task) -> str:
     """/proc/PID/attr/current without a security module."""
     raise Errno(errno.EINVAL)
@@ -380,14 +375,14 @@ def no_label(reader: Task, target: Task) -> str:
 
 def mounts(reader: Task, target: Task) -> bytes:
     """/proc/PID/mounts."""
-    from kvmsentry.fs.mounts import mounts_text
+    from kvmsentry.fs.proc.mounttable import mounts_text
 
     return mounts_text(target) if target.fs is not None else b""
 
 
 def mountinfo(reader: Task, target: Task) -> bytes:
     """/proc/PID/mountinfo."""
-    from kvmsentry.fs.mounts import mountinfo_text
+    from kvmsentry.fs.proc.mounttable import mountinfo_text
 
     return mountinfo_text(target) if target.fs is not None else b""
 
