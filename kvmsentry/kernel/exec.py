@@ -29,6 +29,7 @@ from kvmsentry.fs.vfs import (
     walk,
 )
 from kvmsentry.kernel import cap, exit, filecaps, pidns, ptrace, signals, timens, userns
+from kvmsentry.kernel.coredump import after_new_ids
 from kvmsentry.kernel.task import (
     RLIMIT_AS,
     RLIMIT_DATA,
@@ -503,12 +504,12 @@ def _set_credentials(task: Task, process: Process, new: _New) -> None:
         or (creds.euid, creds.egid, creds.fsuid, creds.fsgid) != (old.euid, old.egid, old.fsuid, old.fsgid)
         or creds.permitted & ~old.permitted  # commit_creds
     ):
-        dumpable = 0
+        dumpable = after_new_ids(task)
     else:
         try:
             permission(new.opened.inode, MAY_READ, creds)
         except Errno:
-            dumpable = 0
+            dumpable = after_new_ids(task)
     process.dumpable = dumpable
     if new.secure:
         task.pdeath_signal = 0

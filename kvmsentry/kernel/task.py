@@ -189,6 +189,8 @@ class Process:
         self.timers: dict[int, Any] = {}  # POSIX timers by id
         self.itimers: list[Any] = [None, None, None]
         self.cpu_limit: Any = None  # posix_timers.CpuLimit, when RLIMIT_CPU was ever set
+        self.core: Any = None  # coredump.Core, while it dumps
+        self.coredump_filter = 0x33  # what a core file has in it, core(5)
         self.personality = 0
         self.oom_score_adj = 0
         self.creator: Task | None = None  # the thread that forked it: __WNOTHREAD, PR_SET_PDEATHSIG

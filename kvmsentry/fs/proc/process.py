@@ -359,13 +359,13 @@ def set_loginuid(writer: Task, target: Task, data: bytes) -> None:
 
 def coredump_filter(reader: Task, target: Task) -> str:
     """/proc/PID/coredump_filter."""
-    return f"{getattr(target.process, 'coredump_filter', 0x33):08x}\n"
+    return f"{target.process.coredump_filter:08x}\n"
 
 
 def set_coredump_filter(writer: Task, target: Task, data: bytes) -> None:
-    """Remembered; there are no core files."""
+    """core(5): the bits that Linux knows."""
     look(writer, target)
-    setattr(target.process, "coredump_filter", _number(data, 0) & 0x1FF)  # noqa: B010
+    target.process.coredump_filter = _number(data, 0) & 0x1FF
 
 
 def ignored_write(writer: Task, target: Task, data: bytes) -> None:
