@@ -231,6 +231,8 @@ class Mappings(UserAccess):
         except Errno as error:
             if error.errno not in (errno.ENOMEM, errno.EFAULT):
                 raise
+        if wanted:
+            self._asked_for(vma.start, vma.end)
 
     def _replace(self, start: int, end: int, backing: Any) -> Vma | None:
         """Clears [start, end) for MAP_FIXED; returns what is left below it of a loader's reservation of the same

@@ -15,7 +15,22 @@ from typing import Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.mm.frames import FrameAllocator
-from kvmsentry.mm.pagetables import COW, FLAGS, GPA, HUGE, HUGE_MASK, OWNED, PAGE, PS, SOFT, P, PageTables, W, runs_of
+from kvmsentry.mm.pagetables import (
+    ASKED,
+    COW,
+    FLAGS,
+    GPA,
+    HUGE,
+    HUGE_MASK,
+    OWNED,
+    PAGE,
+    PS,
+    SOFT,
+    P,
+    PageTables,
+    W,
+    runs_of,
+)
 from kvmsentry.mm.vma import (
     PROT_EXEC,
     PROT_WRITE,
@@ -163,6 +178,16 @@ class Pages:
         else:
             for low, high in parts:
                 self._fill_backing(vma, low, high)
+
+    def _asked_for(self, start: int, end: int) -> None:
+        """The pages of [start, end) are there because the application said so, not because we filled ahead: mincore(2)
+        counts them though nothing is in them. 2 MiB pages always count."""
+        mmu = self.mmu
+        for at in mmu._chunks(start, end):
+            stop = min(end, (at | HUGE_MASK) + 1)
+            table = mmu.table(at, stop)
+            if table is not None and any(table):
+                mmu.put_entries(at, [entry | ASKED if entry else 0 for entry in table], False)
 
     def _fill_anonymous(self, vma: Vma, va: int, end: int) -> None:
         flags = FLAGS[vma.prot & 7] | OWNED

@@ -142,9 +142,21 @@ def madvise(task: Task, addr: UserPtr, length: Size, advice: Int) -> Any:
     return 0
 
 
-@syscall(27)
-def mincore(task: Task, addr: UserPtr, length: Size, vec: UserPtr) -> int:
+@syscall(27, note="pages of memory without a file that were only read, or written with zeros, may be told as absent")
+def mincore(task: Task, addr: UserPtr, length: Size, vec: UserPtr) -> Any:
+    if length > LONG:
+        return _mincore(task, addr, length, vec)
     task.mm.write(vec, task.mm.mincore(addr, length))
+    return 0
+
+
+async def _mincore(task: Task, addr: int, length: int, vec: int) -> int:
+    """In pieces, whose pages are looked at; other tasks have their turns in between."""
+    pace = Pace(task)
+    for done in range(0, length, LONG):
+        task.mm.write(vec + (done >> 12), task.mm.mincore(addr + done, min(LONG, length - done)))
+        if pace.due():
+            await pace.rest(0)
     return 0
 
 
