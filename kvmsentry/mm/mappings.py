@@ -45,7 +45,6 @@ from kvmsentry.mm.vma import (
     random_below,
 )
 
-MMAP_MIN_ADDR = 65536  # vm.mmap_min_addr
 MAX_MAP_COUNT = 65530  # vm.max_map_count
 _STACK_TOP_FILL = 32 << 10  # of a thread's stack, filled before the thread runs
 _MMAP_RND_PAGES = 1 << 28  # arch/x86/mm/mmap.c: mmap_rnd_bits
@@ -57,7 +56,6 @@ class Mappings(UserAccess):
 
     def __init__(self, mmu_factory: Callable[[], PageTables], frames: FrameAllocator, user_top: int) -> None:
         super().__init__(mmu_factory, frames, user_top)
-        self.mmap_min = MMAP_MIN_ADDR
         self.start_brk = self.brk_end = 0
         self.lock_future = False
         self.mmap_base = 0
