@@ -55,7 +55,7 @@ MAX_STRINGS_BYTES = 6 << 20  # _STK_LIM / 4 * 3: no argument list is longer, wha
 S_ISUID, S_ISGID, S_IXGRP = 0o4000, 0o2000, 0o010
 _FATAL = frozenset((errno.ENOMEM, errno.EINVAL, errno.EPERM, errno.EFAULT))
 PER_CLEAR_ON_SETID = 0x00400000 | 0x00040000 | 0x00200000 | 0x00100000  # uapi/linux/personality.h
-ADDR_NO_RANDOMIZE = 0x0040000  # uapi/linux/personality.h
+ADDR_NO_RANDOMIZE, READ_IMPLIES_EXEC = 0x0040000, 0x0400000  # uapi/linux/personality.h
 
 
 class FileReader:
@@ -489,6 +489,7 @@ def _reset(task: Task, process: Process, new: _New) -> None:
     process.exe = opened.path
     release_exe(process)
     process.exe_inode = opened.inode
+    process.personality &= ~READ_IMPLIES_EXEC  # set_personality_64bit
     process.execed = True
     process.exit_signal = SIGCHLD
     _set_credentials(task, process, new)

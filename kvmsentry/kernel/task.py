@@ -284,6 +284,13 @@ class Task:
         """Bring `slow` up to date."""
         self.slow = self._seccomp is not None or self.ptrace is not None
 
+    @property
+    def cpu(self) -> int:
+        """The processor that it is told it runs on: one that it may use, the same one as long as it may. Which of the
+        host's its vCPU's thread really has is the host's affair; neighbours get different ones, as they would."""
+        allowed = sorted(self.affinity)
+        return allowed[self.tid % len(allowed)] if allowed else 0
+
     def signal_pending(self) -> bool:
         """Would an interruptible sleep end at once?"""
         return self.work

@@ -301,9 +301,9 @@ class Mappings(UserAccess):
             self._hold(self.tree.split(vma, end).backing)
         return vma
 
-    def mprotect(self, addr: int, length: int, prot: int) -> None:
+    def mprotect(self, addr: int, length: int, prot: int, implied: int = 0) -> None:
         """mprotect(2). Like Linux, what lies before a hole or a forbidden mapping is changed before the error is
-        reported."""
+        reported. `implied`: added to `prot` where a mapping may have it."""
         grows = prot & (PROT_GROWSDOWN | PROT_GROWSUP)
         if addr & (PAGE - 1) or grows == PROT_GROWSDOWN | PROT_GROWSUP or prot & ~(7 | grows | 8):
             raise Errno(errno.EINVAL)
@@ -323,7 +323,7 @@ class Mappings(UserAccess):
             if vma.start > at:
                 break
             stop = min(vma.end, end)
-            error = self._protect(vma, at, stop, prot)
+            error = self._protect(vma, at, stop, prot | implied & vma.max_prot)
             if error:
                 break
             at = stop

@@ -109,7 +109,7 @@ def stat(reader: Task, target: Task, ns: PidNamespace, thread: bool = False) -> 
     low = (1 << 31) - 1
     fields += [
         0, 0, target.pending.mask & low, target.blocked & low, ignored & low, caught & low,
-        0 if target.in_guest or target.sleep is None else 1, 0, 0, process.exit_signal, min(target.affinity, default=0),
+        0 if target.in_guest or target.sleep is None else 1, 0, 0, process.exit_signal, target.cpu,
         priority, policy, 0, 0, 0,
     ]  # fmt: skip
     if image is not None:
