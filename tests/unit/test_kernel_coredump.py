@@ -12,13 +12,15 @@ from kvmsentry.fs.proc.sysctl import sysctl
 from kvmsentry.fs.vfs import walk
 from kvmsentry.kernel import coredump
 from kvmsentry.kernel.task import Credentials
+from kvmsentry.kernel.traps import Pace
 
 FORK, KILL = 57, 62
 CORE, FSIZE, UNLIMITED = 4, 1, (1 << 64) - 1
 
 
 @pytest.fixture
-def world() -> KernelWorld:
+def world(monkeypatch) -> KernelWorld:
+    monkeypatch.setattr(Pace, "TURN", 1 << 62)  # however slow the machine: nobody lets timers run here
     return KernelWorld()
 
 
