@@ -214,6 +214,7 @@ static void show_notes(void)
 	Elf64_Ehdr *header = (Elf64_Ehdr *)core;
 	Elf64_Phdr *note = (Elf64_Phdr *)(core + header->e_phoff);
 	char *at = core + note->p_offset, *end = at + note->p_filesz;
+	char sleeping[64] = "";
 	int threads = 0;
 
 	printf("type %d machine %d ehsize %d phentsize %d notes first %d\n", header->e_type, header->e_machine,
@@ -237,8 +238,8 @@ static void show_notes(void)
 			if (which == 0)
 				printf(" rip %s, orig_rax %lld", regs->rip >= shared->rip_low && regs->rip < shared->rip_high ?
 				       "in fault" : "elsewhere", (long long)regs->orig_rax);
-			if (which == 1)
-				printf(" pause %d, rax %lld", (int)regs->orig_rax, (long long)regs->rax);
+			if (which == 1)	/* threads come in any order */
+				snprintf(sleeping, sizeof(sleeping), "call %d, rax %lld", (int)regs->orig_rax, (long long)regs->rax);
 			printf(", cs %llx ss %llx\n", regs->cs, regs->ss);
 			threads++;
 		} else if (head->n_type == NT_PRPSINFO && !strcmp(name, "CORE")) {
@@ -275,7 +276,7 @@ static void show_notes(void)
 			printf("X86_XSTATE: %d\n", head->n_descsz > 512);
 		} /* a newer kernel has more of them */
 	}
-	printf("threads %d\n", threads);
+	printf("threads %d; %s\n", threads, sleeping);
 }
 
 static void show_core(const char *name, void (*what)(void))
