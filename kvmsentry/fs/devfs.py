@@ -52,6 +52,8 @@ _zeros = bytes(1 << 20)
 class Device(File):
     """A character device of memory's major number: no position, ready at any time."""
 
+    endless = True
+
     def seek(self, offset: int, whence: int) -> int:
         """lseek(2): nothing happens (null_lseek)."""
         self.pos = 0

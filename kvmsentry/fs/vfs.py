@@ -599,6 +599,7 @@ class File:
     __slots__ = ("inode", "path", "flags", "pos", "refs", "owner", "cursor", "endings", "__dict__", "__weakref__")
     queue: WaitQueue | None = None  # who waits for readiness; None for files that are always ready
     seekable = False
+    endless = False  # reading never comes short for want of data: a huge read(2) is done in full
     splices = True  # splice(2) and sendfile(2) work on it: it has splice_read and splice_write
     write_all = False  # a blocking write(2) goes on until everything is written: pipes, terminals, stream sockets
     counted = False  # among `inode.writers`

@@ -29,6 +29,7 @@ from kvmsentry.fs.vfs import (
     walk,
 )
 from kvmsentry.kernel import cap, exit, filecaps, pidns, ptrace, signals, timens, userns
+from kvmsentry.kernel.coredump import after_new_ids
 from kvmsentry.kernel.task import (
     RLIMIT_AS,
     RLIMIT_DATA,
@@ -54,7 +55,7 @@ MAX_STRINGS_BYTES = 6 << 20  # _STK_LIM / 4 * 3: no argument list is longer, wha
 S_ISUID, S_ISGID, S_IXGRP = 0o4000, 0o2000, 0o010
 _FATAL = frozenset((errno.ENOMEM, errno.EINVAL, errno.EPERM, errno.EFAULT))
 PER_CLEAR_ON_SETID = 0x00400000 | 0x00040000 | 0x00200000 | 0x00100000  # uapi/linux/personality.h
-ADDR_NO_RANDOMIZE = 0x0040000  # uapi/linux/personality.h
+ADDR_NO_RANDOMIZE, READ_IMPLIES_EXEC = 0x0040000, 0x0400000  # uapi/linux/personality.h
 
 
 class FileReader:
@@ -488,6 +489,7 @@ def _reset(task: Task, process: Process, new: _New) -> None:
     process.exe = opened.path
     release_exe(process)
     process.exe_inode = opened.inode
+    process.personality &= ~READ_IMPLIES_EXEC  # set_personality_64bit
     process.execed = True
     process.exit_signal = SIGCHLD
     _set_credentials(task, process, new)
@@ -503,12 +505,12 @@ def _set_credentials(task: Task, process: Process, new: _New) -> None:
         or (creds.euid, creds.egid, creds.fsuid, creds.fsgid) != (old.euid, old.egid, old.fsuid, old.fsgid)
         or creds.permitted & ~old.permitted  # commit_creds
     ):
-        dumpable = 0
+        dumpable = after_new_ids(task)
     else:
         try:
             permission(new.opened.inode, MAY_READ, creds)
         except Errno:
-            dumpable = 0
+            dumpable = after_new_ids(task)
     process.dumpable = dumpable
     if new.secure:
         task.pdeath_signal = 0

@@ -42,6 +42,8 @@ POLLIN, POLLHUP, POLLRDNORM = 1, 16, 64
 def exit_group(process: Process, status: int) -> None:
     """Make every thread of `process` die with `status` (a wait status); the caller's own does so in exit_to_user."""
     if process.zombie or process.exiting:
+        if process.core is not None and status == SIGKILL:
+            process.core.interrupted = True
         return
     process.exiting = True
     process.exit_code = status
@@ -86,6 +88,8 @@ def do_exit(task: Task, status: int) -> None:
         signals.thread_left(process)
         if process.exec_task is not None:
             process.exec_wait.wake()
+        if process.core is not None:
+            process.core.arrived.wake()
         return
     if not process.exiting:
         process.exiting = True

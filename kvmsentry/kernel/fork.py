@@ -293,6 +293,7 @@ def _new_process(task: Task, pid: int, flags: int, exit_signal: int) -> Process:
         renew_cpu_limit(child)
     child.personality, child.oom_score_adj, child.exe = process.personality, process.oom_score_adj, process.exe
     child.dumpable, child.no_new_privs = process.dumpable, process.no_new_privs
+    child.coredump_filter = process.coredump_filter
     if process.exe_inode is not None:
         process.exe_inode.writers -= 1
         child.exe_inode = process.exe_inode

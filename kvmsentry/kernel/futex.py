@@ -91,8 +91,7 @@ async def _sleep(
 
 
 def wake(mm: Any, address: int, count: int, private: bool = False, bitset: int = BITSET_ALL) -> int:
-    """FUTEX_WAKE_BITSET: wake up to `count` waiters whose bitset meets `bitset`; returns how many. A word that shared
-    memory names otherwise is tried too when `private` is False."""
+    """FUTEX_WAKE_BITSET: wake up to `count` waiters whose bitset meets `bitset`; returns how many."""
     if address & 3:
         raise Errno(errno.EINVAL)
     return _wake_key(mm.futex_key(address, private), count, bitset)

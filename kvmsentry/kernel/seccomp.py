@@ -199,7 +199,7 @@ class Seccomp:
         """None: the call may go on. Else what the kernel loop finishes instead: an errno, the task's end, or a
         coroutine that asks the tracer. `traced`: it was asked already."""
         if self.strict:
-            return None if nr in STRICT_CALLS else _kill(task, SIGKILL, whole=False)
+            return None if nr in STRICT_CALLS else _kill_strict(task)
         data = DATA.pack(nr & 0xFFFFFFFF, AUDIT_ARCH_X86_64, task.ctx.regs[RIP], *args)
         worst, answer = 1 << 32, RET_ALLOW
         for program in reversed(self.filters):
@@ -219,7 +219,15 @@ class Seccomp:
             return -errno.ENOSYS  # nobody traces, nobody listens
         if action == RET_TRAP:
             return _trap(task, nr, answer & RET_DATA)
-        return _kill(task, SIGSYS, whole=action != RET_KILL_THREAD)
+        return _kill(task, nr, answer & RET_DATA, action != RET_KILL_THREAD)
+
+
+def _info(task: Task, nr: int, data: int) -> SigInfo:
+    """The SIGSYS of call `nr`; the registers show it as if it were still to be made (syscall_rollback)."""
+    regs = task.ctx.regs
+    regs[RAX] = nr
+    task.orig_rax = -1
+    return SigInfo(SIGSYS, SYS_SECCOMP, errno=data, addr=regs[RIP], syscall=nr, arch=AUDIT_ARCH_X86_64)
 
 
 def _trap(task: Task, nr: int, data: int) -> Any:
@@ -227,24 +235,41 @@ def _trap(task: Task, nr: int, data: int) -> Any:
     from kvmsentry.kernel import signals
     from kvmsentry.syscall.table import RELOAD
 
-    address = task.ctx.regs[RIP]
-    info = SigInfo(SIGSYS, SYS_SECCOMP, errno=data, addr=address, syscall=nr, arch=AUDIT_ARCH_X86_64)
-    task.ctx.regs[RAX] = nr
-    task.orig_rax = -1
-    signals.force(task, info)
+    signals.force(task, _info(task, nr, data))
     return RELOAD
 
 
-def _kill(task: Task, signo: int, whole: bool) -> Any:
-    """SECCOMP_RET_KILL_*: the thread or the process ends as if by an uncatchable SIGSYS."""
+def _kill(task: Task, nr: int, data: int, whole: bool) -> Any:
+    """SECCOMP_RET_KILL_*: the process ends as by a SIGSYS that nothing catches, or this thread of several does."""
     from kvmsentry.kernel import exit as exit_
     from kvmsentry.syscall.table import GONE
 
     if whole or len(task.process.threads) == 1:
-        exit_.exit_group(task.process, signo | (0x80 if signo == SIGSYS else 0))
+        return _die(task, _info(task, nr, data))
     if task.ptrace is not None:
-        return ptrace.end(task, signo)
-    exit_.do_exit(task, signo)
+        return ptrace.end(task, SIGSYS)
+    exit_.do_exit(task, SIGSYS)
+    return GONE
+
+
+async def _die(task: Task, info: SigInfo) -> Any:
+    from kvmsentry.kernel import coredump
+    from kvmsentry.syscall.table import RELOAD
+
+    await coredump.dump(task, info)
+    return RELOAD  # exit_to_user finds that the process is ending
+
+
+def _kill_strict(task: Task) -> Any:
+    """Strict mode: the thread dies as by SIGKILL."""
+    from kvmsentry.kernel import exit as exit_
+    from kvmsentry.syscall.table import GONE
+
+    if len(task.process.threads) == 1:
+        exit_.exit_group(task.process, SIGKILL)
+    if task.ptrace is not None:
+        return ptrace.end(task, SIGKILL)
+    exit_.do_exit(task, SIGKILL)
     return GONE
 
 

@@ -17,7 +17,6 @@ from kvmsentry.errors import Errno
 from kvmsentry.kernel import ptrace
 from kvmsentry.kernel.pidns import adapt
 from kvmsentry.kernel.task import (
-    RLIMIT_CORE,
     RLIMIT_SIGPENDING,
     PendingSignals,
     Process,
@@ -500,6 +499,8 @@ async def exit_to_user(task: Task, result: int | None) -> Any:
         if process.exiting or task.pending.mask & KILL:
             if not process.exiting and process.exec_task is None:  # forced on this thread: memory is out
                 exit_.exit_group(process, SIGKILL)
+            if process.core is not None:
+                await _to_core(task, None, None if shown else result)
             if task.ptrace is not None:
                 await ptrace.exit_event(task, process.exit_code)
             exit_.do_exit(task, process.exit_code)
@@ -548,9 +549,10 @@ async def exit_to_user(task: Task, result: int | None) -> Any:
                 if signo == SIGSTOP or not is_orphaned(process.group):
                     begin_stop(process, signo)
                 continue
-            # The status says "core dumped" where Linux would have dumped; no core file is ever written.
-            dumped = CORES >> (signo - 1) & 1 and process.rlimits[RLIMIT_CORE][0] and process.dumpable == 1
-            exit_.exit_group(process, signo | 0x80 if dumped else signo)
+            if CORES >> (signo - 1) & 1:
+                await _to_core(task, info, None if shown else result)
+            else:
+                exit_.exit_group(process, signo)
             continue
         if result is not None:
             _answer_handler(task, result, action.flags)
@@ -574,6 +576,19 @@ async def exit_to_user(task: Task, result: int | None) -> Any:
         retarget(task)
         if task.ptrace is not None and task.ptrace.step:
             await ptrace.notify(task, SIGTRAP)
+
+
+async def _to_core(task: Task, info: SigInfo | None, result: int | None) -> None:
+    """The process ends of `info` with a core dump, or (None) one is under way. `result` belongs in RAX, where the dump
+    shows it."""
+    from kvmsentry.kernel import coredump
+
+    if result is not None:
+        task.ctx.regs[RAX] = result & ALL
+    if info is not None:
+        await coredump.dump(task, info)
+    elif task.process.core is not None:
+        await coredump.hold(task, task.process.core)
 
 
 def _restart(task: Task, result: int) -> None:

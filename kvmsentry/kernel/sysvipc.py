@@ -269,6 +269,8 @@ class Segment(IpcObject):
 class ShmMemory(SharedMemory):
     """The pages of a segment."""
 
+    apart = True  # Linux joins no mappings of it either: shm_nattch counts them
+
     def __init__(self, frames: Any, size: int, segment: Segment) -> None:
         super().__init__(frames, size, b"/SYSV%08x (deleted)" % (segment.key & 0xFFFFFFFF))
         self.segment = segment

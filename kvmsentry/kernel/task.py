@@ -189,6 +189,8 @@ class Process:
         self.timers: dict[int, Any] = {}  # POSIX timers by id
         self.itimers: list[Any] = [None, None, None]
         self.cpu_limit: Any = None  # posix_timers.CpuLimit, when RLIMIT_CPU was ever set
+        self.core: Any = None  # coredump.Core, while it dumps
+        self.coredump_filter = 0x33  # what a core file has in it, core(5)
         self.personality = 0
         self.oom_score_adj = 0
         self.creator: Task | None = None  # the thread that forked it: __WNOTHREAD, PR_SET_PDEATHSIG
@@ -281,6 +283,13 @@ class Task:
     def set_slow(self) -> None:
         """Bring `slow` up to date."""
         self.slow = self._seccomp is not None or self.ptrace is not None
+
+    @property
+    def cpu(self) -> int:
+        """The processor that it is told it runs on: one that it may use, the same one as long as it may. Which of the
+        host's its vCPU's thread really has is the host's affair; neighbours get different ones, as they would."""
+        allowed = sorted(self.affinity)
+        return allowed[self.tid % len(allowed)] if allowed else 0
 
     def signal_pending(self) -> bool:
         """Would an interruptible sleep end at once?"""

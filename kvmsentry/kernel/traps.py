@@ -111,7 +111,7 @@ class Sleep:
     def kill(self) -> None:
         """Called when the task must die now, even from an uninterruptible sleep."""
         if not self.woken:
-            self._wake(Errno(ERESTARTNOINTR))
+            self._wake(Errno(self.restart or ERESTARTNOINTR))
 
     def _wake(self, value: int | Errno) -> None:
         self.woken, self.value = True, value

@@ -16,8 +16,8 @@ from typing import Any
 
 from kvmsentry.errors import Errno, OutOfMemory
 from kvmsentry.mm.pages import PF_PRESENT, PF_USER, PF_WRITE, Pages
-from kvmsentry.mm.pagetables import GPA, HUGE_MASK, PAGE, P, W
-from kvmsentry.mm.vma import VM_SHARED
+from kvmsentry.mm.pagetables import GPA, HUGE_MASK, OWNED, PAGE, P, W
+from kvmsentry.mm.vma import PROT_WRITE, VM_SHARED
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _CACHE_LIMIT = 65536
@@ -382,8 +382,9 @@ class UserAccess(Pages):
         return now
 
     def futex_key(self, va: int, private: bool) -> Hashable:
-        """What identifies the futex word at `va`: (space, va), or (backing, offset) in shared mappings. Errno(EFAULT)
-        unmapped."""
+        """What identifies the futex word at `va` (get_futex_key in kernel/futex/core.c): (space, va) for one that was
+        asked for as private; else (backing, offset) where the page is the backing's own, or (space, va, True). Errno
+        (EFAULT) where nothing is mapped, or past the end of its file."""
         if private:
             if not 0 <= va < self.user_top:
                 raise Errno(errno.EFAULT)
@@ -391,9 +392,14 @@ class UserAccess(Pages):
         vma = self.tree.find(va)
         if vma is None or not vma.prot & 7:
             raise Errno(errno.EFAULT)
-        if vma.flags & VM_SHARED and vma.backing is not None:
-            return getattr(vma.backing, "ident", None) or id(vma.backing), vma.offset + va - vma.start
-        return self.ident, va
+        if va >> 12 not in self._rd:
+            self.read(va & -4, 4)
+        backing = vma.backing
+        if backing is not None and (
+            vma.flags & VM_SHARED or not (vma.prot & PROT_WRITE or self.mmu.entry(va) & OWNED)
+        ):
+            return getattr(backing, "ident", None) or id(backing), vma.offset + va - vma.start
+        return self.ident, va, True
 
     # -- the kernel's own hand, whatever the protection says (ptrace, /proc/PID/mem)
 

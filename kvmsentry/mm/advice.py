@@ -7,12 +7,13 @@ import errno
 from kvmsentry.errors import Errno
 from kvmsentry.mm import vma as abi
 from kvmsentry.mm.mappings import Mappings
-from kvmsentry.mm.pagetables import GPA, OWNED, PAGE, P, W
+from kvmsentry.mm.pagetables import ASKED, GPA, OWNED, PAGE, PS, P, W
 from kvmsentry.mm.vma import VM_LOCKED, VM_SHARED, Vma
 
 _ZERO_IN_PLACE = (
     64 << 10
 )  # MADV_DONTNEED of so many bytes present zeroes them: cheaper than an invalidation and new faults
+_ZERO_PAGE = bytes(PAGE)
 _FREE_MIN = 2 << 20  # MADV_FREE of less keeps the pages, which the man page allows
 _SET = {
     abi.MADV_DONTFORK: abi.VM_DONTFORK,
@@ -116,7 +117,8 @@ class Advice(Mappings):
             return
         if vma.backing is None and sum(pages for _va, _entry, pages in runs) << 12 <= _ZERO_IN_PLACE:
             sole = self.frames.sole
-            if all(entry & (OWNED | P | W) == OWNED | P | W and sole(entry & GPA, pages) for _va, entry, pages in runs):
+            want = OWNED | P | W
+            if all(entry & (want | ASKED) == want and sole(entry & GPA, pages) for _va, entry, pages in runs):
                 for _va, entry, pages in runs:
                     self.memory.zero(entry & GPA, pages << 12)
                 return
@@ -132,18 +134,33 @@ class Advice(Mappings):
         for page in range(start, end, PAGE):
             if self.mmu.entry(page) & need != need and not self._fault_in(page, write):
                 raise Errno(errno.EFAULT)
+        self._asked_for(start, end)
 
     def mincore(self, addr: int, length: int) -> bytes:
-        """mincore(2): a byte a page, 1 where a page is present. Errno(EINVAL) unaligned, Errno(ENOMEM) on a hole."""
+        """mincore(2): a byte a page, 1 where a page is present. Errno(EINVAL) unaligned, Errno(ENOMEM) on a hole.
+
+        Memory without a file is filled before it is touched, and nothing tells which pages the processor has touched
+        since: Accessed is preset in every entry, because setting it would cost a fault a page. What has something in it
+        was touched; of the rest only what was asked for counts (ASKED), and pages that were but read, or written with
+        zeros, pass for untouched."""
         if addr & (PAGE - 1):
             raise Errno(errno.EINVAL)
         end = addr + length + PAGE - 1 & -PAGE
         if addr < 0 or length < 0 or end > self.user_top or not self.tree.covered(addr, end):
             raise Errno(errno.ENOMEM)
         out = bytearray(end - addr >> 12)
-        for va, _entry, pages in self.mmu.runs(addr, end - addr):
-            first = va - addr >> 12
-            out[first : first + pages] = b"\x01" * pages
+        view, is_ram = self._view, self.frames.is_ram
+        for vma in self.tree.range(addr, end):
+            low, high = max(vma.start, addr), min(vma.end, end)
+            ahead = vma.backing is None or vma.flags & VM_SHARED
+            for va, entry, pages in self.mmu.runs(low, high - low):
+                first, gpa = va - addr >> 12, entry & GPA
+                if not ahead or entry & ASKED or (entry & PS and vma.backing is None) or not is_ram(gpa):
+                    out[first : first + pages] = b"\x01" * pages
+                    continue
+                for number in range(pages):
+                    if view[gpa + (number << 12) : gpa + (number + 1 << 12)].tobytes() != _ZERO_PAGE:
+                        out[first + number] = 1
         return bytes(out)
 
     def msync(self, addr: int, length: int, flags: int) -> None:
@@ -219,6 +236,7 @@ class Advice(Mappings):
                 self._account(vma, high - low >> 12)
             if fill and vma.prot and not vma.flags & abi.VM_NORESERVE:
                 self._fill_quietly(vma, low, high)
+                self._asked_for(low, high)
         self._merge(start, end)
         if hole:
             raise Errno(errno.ENOMEM)

@@ -45,7 +45,6 @@ from kvmsentry.mm.vma import (
     random_below,
 )
 
-MMAP_MIN_ADDR = 65536  # vm.mmap_min_addr
 MAX_MAP_COUNT = 65530  # vm.max_map_count
 _STACK_TOP_FILL = 32 << 10  # of a thread's stack, filled before the thread runs
 _MMAP_RND_PAGES = 1 << 28  # arch/x86/mm/mmap.c: mmap_rnd_bits
@@ -57,7 +56,6 @@ class Mappings(UserAccess):
 
     def __init__(self, mmu_factory: Callable[[], PageTables], frames: FrameAllocator, user_top: int) -> None:
         super().__init__(mmu_factory, frames, user_top)
-        self.mmap_min = MMAP_MIN_ADDR
         self.start_brk = self.brk_end = 0
         self.lock_future = False
         self.mmap_base = 0
@@ -231,6 +229,8 @@ class Mappings(UserAccess):
         except Errno as error:
             if error.errno not in (errno.ENOMEM, errno.EFAULT):
                 raise
+        if wanted:
+            self._asked_for(vma.start, vma.end)
 
     def _replace(self, start: int, end: int, backing: Any) -> Vma | None:
         """Clears [start, end) for MAP_FIXED; returns what is left below it of a loader's reservation of the same
@@ -301,9 +301,9 @@ class Mappings(UserAccess):
             self._hold(self.tree.split(vma, end).backing)
         return vma
 
-    def mprotect(self, addr: int, length: int, prot: int) -> None:
+    def mprotect(self, addr: int, length: int, prot: int, implied: int = 0) -> None:
         """mprotect(2). Like Linux, what lies before a hole or a forbidden mapping is changed before the error is
-        reported."""
+        reported. `implied`: added to `prot` where a mapping may have it."""
         grows = prot & (PROT_GROWSDOWN | PROT_GROWSUP)
         if addr & (PAGE - 1) or grows == PROT_GROWSDOWN | PROT_GROWSUP or prot & ~(7 | grows | 8):
             raise Errno(errno.EINVAL)
@@ -323,7 +323,7 @@ class Mappings(UserAccess):
             if vma.start > at:
                 break
             stop = min(vma.end, end)
-            error = self._protect(vma, at, stop, prot)
+            error = self._protect(vma, at, stop, prot | implied & vma.max_prot)
             if error:
                 break
             at = stop

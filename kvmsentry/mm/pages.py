@@ -15,7 +15,22 @@ from typing import Any
 
 from kvmsentry.errors import Errno
 from kvmsentry.mm.frames import FrameAllocator
-from kvmsentry.mm.pagetables import COW, FLAGS, GPA, HUGE, HUGE_MASK, OWNED, PAGE, PS, SOFT, P, PageTables, W, runs_of
+from kvmsentry.mm.pagetables import (
+    ASKED,
+    COW,
+    FLAGS,
+    GPA,
+    HUGE,
+    HUGE_MASK,
+    OWNED,
+    PAGE,
+    PS,
+    SOFT,
+    P,
+    PageTables,
+    W,
+    runs_of,
+)
 from kvmsentry.mm.vma import (
     PROT_EXEC,
     PROT_WRITE,
@@ -48,6 +63,7 @@ class Pages:
     fault_bytes = 64 << 10  # filled around a fault where a 2 MiB page does not fit (a power of two)
     file_fault_bytes = 1 << 20  # the same for a page of a backing
     private_copy_bytes = 256 << 10  # writable private mappings of a backing up to this are copied when mapped
+    mmap_min = 65536  # vm.mmap_min_addr: nothing lies below, so that a null pointer is one
     cow_bytes = 64 << 10  # broken around a copy-on-write fault (a power of two)
 
     def __init__(self, mmu_factory: Callable[[], PageTables], frames: FrameAllocator, user_top: int) -> None:
@@ -167,6 +183,16 @@ class Pages:
         else:
             for low, high in parts:
                 self._fill_backing(vma, low, high)
+
+    def _asked_for(self, start: int, end: int) -> None:
+        """The pages of [start, end) are there because the application said so, not because we filled ahead: mincore(2)
+        counts them though nothing is in them. 2 MiB pages always count."""
+        mmu = self.mmu
+        for at in mmu._chunks(start, end):
+            stop = min(end, (at | HUGE_MASK) + 1)
+            table = mmu.table(at, stop)
+            if table is not None and any(table):
+                mmu.put_entries(at, [entry | ASKED if entry else 0 for entry in table], False)
 
     def _fill_anonymous(self, vma: Vma, va: int, end: int) -> None:
         flags = FLAGS[vma.prot & 7] | OWNED
@@ -448,7 +474,7 @@ class Pages:
         if vma is None or not vma.flags & VM_GROWSDOWN:
             return None
         start = va & -PAGE
-        if vma.end - start > self.rlimit_stack:
+        if vma.end - start > self.rlimit_stack or start < self.mmap_min:
             return None
         below = self.tree.below(start)
         if below is not None and below.prot & 7 and below.end > start - STACK_GUARD and not below.flags & VM_GROWSDOWN:
@@ -457,7 +483,7 @@ class Pages:
         low = max(
             start & -self.fault_bytes,
             vma.end - min(self.rlimit_stack, vma.end),
-            below.end + STACK_GUARD if below else 0,
+            below.end + STACK_GUARD if below else self.mmap_min,
         )
         low = min(start, low + PAGE - 1 & -PAGE)
         pages = vma.start - low >> 12

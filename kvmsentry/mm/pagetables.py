@@ -23,8 +23,9 @@ HUGE = 2 << 20
 HUGE_MASK = HUGE - 1
 
 P, W, U, A, D, PS, NX = 1, 2, 4, 0x20, 0x40, 0x80, 1 << 63
-OWNED, COW = 1 << 9, 1 << 10  # software bits: a frame counted in the allocator; one that a fork may share
-SOFT = OWNED | COW
+# software bits: a frame counted in the allocator; one that a fork may share; a page that was to be there (mlock(2))
+OWNED, COW, ASKED = 1 << 9, 1 << 10, 1 << 11
+SOFT = OWNED | COW | ASKED
 GPA = 0x000F_FFFF_FFFF_F000
 TABLE = P | W | U | A  # an entry that points at a table; the leaf decides
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
@@ -379,7 +380,7 @@ class PageTables:
                 if not entry:
                     continue
                 if stop - at == HUGE:
-                    flags = thin if private and entry & SOFT != OWNED else wide
+                    flags = thin if private and entry & (OWNED | COW) != OWNED else wide
                     new = entry & (GPA | SOFT) | flags | PS
                     if entry & ~new & (P | W) or new & ~entry & NX:
                         self._stale.add(slot << 3)
@@ -391,7 +392,7 @@ class PageTables:
             if not any(table):
                 continue
             for where, entry, count in runs_of(table):
-                flags = thin if private and entry & SOFT != OWNED else wide
+                flags = thin if private and entry & (OWNED | COW) != OWNED else wide
                 new = entry & (GPA | SOFT) | flags
                 slot = pt + index + where
                 if entry & P and (entry & ~new & (P | W) or new & ~entry & NX):

@@ -52,7 +52,8 @@ class Backing(Protocol):
 
     Optional methods, used where they exist: hold() and drop() (a VMA began or ended to use it), warm(offset, length)
     (this part was filled in to be read or run), sync(offset, length) for msync, punch(offset, length) for MADV_REMOVE;
-    optional attributes `ident` (hashable) for futex keys, `stable` (true: the object's bytes never change).
+    optional attributes `ident` (hashable) for futex keys, `stable` (true: the object's bytes never change), `apart`
+    (true: VMAs of it that were split stay so, because their number is told).
     """
 
     dev: int
@@ -128,7 +129,11 @@ class Vma:
             and self.backing is other.backing
             and self.max_prot == other.max_prot
             and self.label == other.label
-            and (self.backing is None or self.offset + self.end - self.start == other.offset)
+            and (
+                self.backing is None
+                or self.offset + self.end - self.start == other.offset
+                and not getattr(self.backing, "apart", False)
+            )
         )
 
 

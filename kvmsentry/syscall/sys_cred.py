@@ -11,6 +11,7 @@ from struct import Struct
 
 from kvmsentry.errors import Errno
 from kvmsentry.kernel import cap, userns
+from kvmsentry.kernel.coredump import after_new_ids
 from kvmsentry.kernel.task import Credentials, Task
 from kvmsentry.kernel.userns import ROOT, kgid, kuid, shown_gid, shown_uid
 from kvmsentry.syscall.table import Int, UInt, UserPtr, syscall
@@ -53,7 +54,7 @@ def _commit(task: Task, **changes: int) -> int:
     if not old.securebits & cap.SECBIT_NO_SETUID_FIXUP:
         _fix_capabilities(old, new)
     if (old.euid, old.egid, old.fsuid, old.fsgid) != (new.euid, new.egid, new.fsuid, new.fsgid):
-        task.process.dumpable = 0
+        task.process.dumpable = after_new_ids(task)
         task.pdeath_signal = 0
     task.creds = new
     return 0

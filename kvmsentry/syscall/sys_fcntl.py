@@ -44,7 +44,7 @@ F_SETOWN_EX, F_GETOWN_EX, F_GETOWNER_UIDS = 15, 16, 17
 F_OFD_GETLK, F_OFD_SETLK, F_OFD_SETLKW = 36, 37, 38
 F_SETLEASE, F_GETLEASE, F_NOTIFY, F_DUPFD_QUERY = 1024, 1025, 1026, 1027
 F_DUPFD_CLOEXEC, F_SETPIPE_SZ, F_GETPIPE_SZ, F_ADD_SEALS, F_GET_SEALS = 1030, 1031, 1032, 1033, 1034
-F_GET_RW_HINT, F_SET_RW_HINT, F_GET_FILE_RW_HINT, F_SET_FILE_RW_HINT = 1035, 1036, 1037, 1038
+F_GET_RW_HINT, F_SET_RW_HINT = 1035, 1036  # a file description's own, 1037 and 1038, went with Linux 5.17
 F_OWNER_TID, F_OWNER_PID, F_OWNER_PGRP = 0, 1, 2
 SETFL_MASK = O_APPEND | O_NONBLOCK | O_DIRECT | O_NOATIME | FASYNC  # include/linux/fcntl.h
 ON_PATHS = {F_DUPFD, F_DUPFD_CLOEXEC, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_QUERY}  # what O_PATH descriptors allow
@@ -142,7 +142,7 @@ def _end_async(file: File) -> None:
 
 
 # -- fcntl -----------------------------------------------------------------------------------------------------
-@syscall(72, partial="write hints are forgotten; execve(2) breaks no lease, F_WRLCK overlooks mappings")
+@syscall(72, partial="execve(2) breaks no lease, F_WRLCK overlooks mappings")
 def fcntl(task: Task, fd: Fd, command: UInt, arg: ULong) -> Any:
     """fcntl(2)."""
     table = task.files
@@ -184,12 +184,14 @@ def fcntl(task: Task, fd: Fd, command: UInt, arg: ULong) -> Any:
         return leases.get(task, file)
     if command == F_SETLEASE:
         return set_lease(task, file, fd, arg & 0xFFFFFFFF)
-    if command in (F_GET_RW_HINT, F_GET_FILE_RW_HINT):
-        task.mm.write(arg, bytes(8))
+    if command == F_GET_RW_HINT:
+        task.mm.write(arg, _long.pack(file.inode.__dict__.get("write_hint", 0)))
         return 0
-    if command in (F_SET_RW_HINT, F_SET_FILE_RW_HINT):
-        if _long.unpack(task.mm.read(arg, 8))[0] not in range(6):
+    if command == F_SET_RW_HINT:
+        hint = _long.unpack(task.mm.read(arg, 8))[0]
+        if hint not in range(6):
             raise Errno(errno.EINVAL)
+        file.inode.__dict__["write_hint"] = hint
         return 0
     raise Errno(errno.EINVAL)
 

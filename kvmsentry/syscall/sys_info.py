@@ -17,9 +17,19 @@ from kvmsentry.syscall.table import Int, Size, UInt, ULong, UserPtr, syscall
 
 UTSNAME = struct.Struct("65s65s65s65s65s65s")  # struct new_utsname
 SYSINFO = struct.Struct("<q3Q6QHH4xQQI4x")  # struct sysinfo, 112 bytes
-CAP_SYS_ADMIN, CAP_SYSLOG, CAP_SYS_BOOT = 21, 34, 22
+UNAME26 = 0x0020000  # uapi/linux/personality.h
+CAP_SYS_ADMIN, CAP_SYS_BOOT, CAP_SYS_TTY_CONFIG, CAP_SYSLOG = 21, 22, 26, 34
 RANDOM_PIECE = 1 << 20
 GRND_NONBLOCK, GRND_RANDOM, GRND_INSECURE = 1, 2, 4  # uapi/linux/random.h
+
+
+def _release(task: Task) -> bytes:
+    """The release; for programs that cannot read one after 2.6 in its terms (override_release in kernel/sys.c)."""
+    release = identity.RELEASE
+    if task.process.personality & UNAME26:
+        number, dash, rest = release.partition("-")
+        release = f"2.6.{int(number.split('.')[1]) + 60}{dash}{rest}"
+    return release.encode()
 
 
 @syscall(63)
@@ -30,7 +40,7 @@ def uname(task: Task, buf: UserPtr) -> int:
         UTSNAME.pack(
             identity.SYSNAME.encode(),
             uts.nodename.encode(errors="surrogateescape")[:64],
-            identity.RELEASE.encode(),
+            _release(task),
             identity.VERSION.encode()[:64],
             identity.MACHINE.encode(),
             uts.domainname.encode(errors="surrogateescape")[:64],
@@ -225,9 +235,14 @@ def quotactl(task: Task, command: UInt, special: UserPtr, id: Int, address: User
     return _refuse(task, CAP_SYS_ADMIN)
 
 
-@syscall(153, partial="refused: there is no terminal to hang up but the controlling one")
+@syscall(153)
 def vhangup(task: Task) -> int:
-    return _refuse(task, 26)
+    if not task.creds.capable(CAP_SYS_TTY_CONFIG):
+        return -errno.EPERM
+    tty = task.process.session.tty
+    if tty is not None:
+        tty.hangup()
+    return 0
 
 
 @syscall(298, partial="refused: no performance counters")

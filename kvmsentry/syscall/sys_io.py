@@ -84,7 +84,7 @@ def _read_slow(task: Task, file: File, buf: int, count: int) -> Any:
     count = min(count, MAX_RW_COUNT)
     if count <= BIG:
         return read_views(task, file, lambda done: task.mm.views(buf, count, True) if count else [])
-    if not file.seekable:
+    if not (file.seekable or file.endless):
         return read_views(task, file, lambda done: task.mm.views(buf, BIG, True))
     return _in_pieces(task, file, count, lambda done, n: file.read(task.mm.views(buf + done, n, True)))
 

@@ -14,6 +14,7 @@ from kvmsentry.mm.vma import VM_NORESERVE
 from kvmsentry.syscall.table import Fd, Int, Pid, Size, UInt, ULong, UserPtr, syscall
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4  # uapi/asm-generic/mman-common.h
+READ_IMPLIES_EXEC = 0x0400000  # uapi/linux/personality.h
 PROT_GROWSDOWN, PROT_GROWSUP = 0x01000000, 0x02000000
 MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE, MAP_TYPE = 1, 2, 3, 15
 MAP_ANONYMOUS, MAP_HUGETLB, MAP_LOCKED, MAP_POPULATE, MAP_NONBLOCK = 0x20, 0x40000, 0x2000, 0x8000, 0x10000
@@ -31,6 +32,7 @@ def mmap(task: Task, addr: UserPtr, length: Size, prot: ULong, flags: UInt, fd: 
         return -errno.EINVAL
     kind = flags & MAP_TYPE
     max_prot = 7
+    implied = prot & PROT_READ and task.process.personality & READ_IMPLIES_EXEC
     if flags & MAP_ANONYMOUS:
         if kind not in (MAP_SHARED, MAP_PRIVATE) or not length:
             return -errno.EINVAL
@@ -50,11 +52,13 @@ def mmap(task: Task, addr: UserPtr, length: Size, prot: ULong, flags: UInt, fd: 
         if file.path is not None and file.path.mount.flags & MS_NOEXEC:
             if prot & PROT_EXEC:
                 return -errno.EPERM
+            implied = 0
             max_prot = 7 & ~PROT_EXEC  # nor by mprotect(2) later (VM_MAYEXEC)
         if offset + length >= 1 << 63:
             return -errno.EOVERFLOW
         backing = file.backing()
         if backing is None and kind == MAP_PRIVATE:  # /dev/zero: anonymous, but shown by its path
+            prot |= PROT_EXEC if implied else 0
             return task.mm.mmap(addr, length, prot & 7, flags, None, 0, 7, label_of(task.kernel, file.path))
         if kind == MAP_SHARED_VALIDATE:
             flags = flags & ~MAP_TYPE | MAP_SHARED
@@ -66,6 +70,8 @@ def mmap(task: Task, addr: UserPtr, length: Size, prot: ULong, flags: UInt, fd: 
                 writable = False
             if not writable:
                 max_prot &= ~PROT_WRITE
+    if implied:
+        prot |= PROT_EXEC
     if flags & MAP_POPULATE and length > LONG and not flags & (MAP_LOCKED | MAP_NONBLOCK):
         where = task.mm.mmap(addr, length, prot & 7, flags & ~MAP_POPULATE, backing, offset, max_prot)
         return _fill_then(task, [(where, where + length, bool(prot & PROT_WRITE))], where) if prot & 7 else where
@@ -101,6 +107,9 @@ def munmap(task: Task, addr: UserPtr, length: Size) -> int:
 def mprotect(task: Task, addr: UserPtr, length: Size, prot: ULong) -> int:
     if prot & ~(7 | PROT_GROWSDOWN | PROT_GROWSUP) or prot & PROT_GROWSUP:
         return -errno.EINVAL
+    if prot & PROT_READ and task.process.personality & READ_IMPLIES_EXEC:
+        task.mm.mprotect(addr, length, prot, PROT_EXEC)
+        return 0
     task.mm.mprotect(addr, length, prot)
     return 0
 
@@ -142,9 +151,21 @@ def madvise(task: Task, addr: UserPtr, length: Size, advice: Int) -> Any:
     return 0
 
 
-@syscall(27)
-def mincore(task: Task, addr: UserPtr, length: Size, vec: UserPtr) -> int:
+@syscall(27, note="pages of memory without a file that were only read, or written with zeros, may be told as absent")
+def mincore(task: Task, addr: UserPtr, length: Size, vec: UserPtr) -> Any:
+    if length > LONG:
+        return _mincore(task, addr, length, vec)
     task.mm.write(vec, task.mm.mincore(addr, length))
+    return 0
+
+
+async def _mincore(task: Task, addr: int, length: int, vec: int) -> int:
+    """In pieces, whose pages are looked at; other tasks have their turns in between."""
+    pace = Pace(task)
+    for done in range(0, length, LONG):
+        task.mm.write(vec + (done >> 12), task.mm.mincore(addr + done, min(LONG, length - done)))
+        if pace.due():
+            await pace.rest(0)
     return 0
 
 

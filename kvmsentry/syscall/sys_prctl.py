@@ -270,7 +270,7 @@ def _reload(task: Task, result: int) -> Any:
     return RELOAD
 
 
-@syscall(135, note="kept and shown; changes nothing but what is shown")
+@syscall(135, note="ADDR_NO_RANDOMIZE, READ_IMPLIES_EXEC and UNAME26 count, the others are kept and shown")
 def personality(task: Task, persona: UInt) -> int:
     old = task.process.personality
     if persona != 0xFFFFFFFF:

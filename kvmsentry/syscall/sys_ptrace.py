@@ -7,12 +7,20 @@ from struct import Struct, pack_into, unpack_from
 from typing import Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.kernel import cap, ptrace, signals
+from kvmsentry.kernel import cap, ptrace, regsets, signals
+from kvmsentry.kernel.regsets import (
+    NT_PRFPREG,
+    NT_PRSTATUS,
+    NT_X86_XSTATE,
+    ORIG_RAX,
+    REGS,
+    USER_REGS,
+    get_register,
+)
 from kvmsentry.kernel.seccomp import INSTRUCTION
 from kvmsentry.kernel.task import SigInfo, Task
 from kvmsentry.syscall.abi_signal import (
     ALL,
-    EFLAGS_TF,
     FXSAVE_SIZE,
     NSIG_VALID,
     SI_USER,
@@ -21,8 +29,6 @@ from kvmsentry.syscall.abi_signal import (
     SIGTRAP,
     SW_OFFSET,
     UNBLOCKABLE,
-    USER_CS,
-    USER_SS,
     XSAVE_HEADER,
     pack_siginfo,
     unpack_siginfo,
@@ -32,23 +38,9 @@ from kvmsentry.syscall.table import Long, Pid, ULong, UserPtr, syscall
 from kvmsentry.vcpu.layout import (
     FS_BASE,
     GS_BASE,
-    R8,
-    R9,
-    R10,
-    R11,
-    R12,
-    R13,
-    R14,
-    R15,
     RAX,
-    RBP,
-    RBX,
-    RCX,
-    RDI,
-    RDX,
     RFLAGS,
     RIP,
-    RSI,
     RSP,
     USER_TOP,
 )
@@ -63,18 +55,10 @@ ARCH_PRCTL, SYSEMU, SYSEMU_SINGLESTEP, SINGLEBLOCK = 30, 31, 32, 33
 OLDSETOPTIONS = 21
 OPTIONS = 0x3000FF  # PTRACE_O_MASK
 O_SUSPEND_SECCOMP = 1 << 21
-NT_PRSTATUS, NT_PRFPREG, NT_X86_XSTATE = 1, 2, 0x202  # uapi/linux/elf.h
 AUDIT_ARCH_X86_64 = 0xC000003E
 PEEKSIGINFO_SHARED = 1
 ARCH_SET_GS, ARCH_SET_FS, ARCH_GET_FS, ARCH_GET_GS = range(0x1001, 0x1005)  # arch/x86/include/uapi/asm/prctl.h
 
-# struct user_regs_struct: index into Context.regs, or one of the names below.
-_ORIG_RAX, _CS, _SS, _ZERO = -1, -2, -3, -4
-_USER_REGS = (
-    R15, R14, R13, R12, RBP, RBX, R11, R10, R9, R8, RAX, RCX, RDX, RSI, RDI, _ORIG_RAX, RIP, _CS, RFLAGS, RSP, _SS,
-    FS_BASE, GS_BASE, _ZERO, _ZERO, _ZERO, _ZERO,
-)  # fmt: skip
-REGS = Struct("<27Q")
 USER_SIZE, DEBUG_REGISTERS = 928, 848  # struct user, u_debugreg in it (arch/x86/include/asm/user_64.h)
 FLAGS = 0x54DD5  # FLAG_MASK in arch/x86/kernel/ptrace.c
 PEEK_ARGS = Struct("<QIi")  # struct ptrace_peeksiginfo_args
@@ -85,22 +69,6 @@ RSEQ_CONFIGURATION = Struct("<QIIII")
 
 
 # -- registers --
-def _get_register(task: Task, place: int) -> int:
-    if place >= 0:
-        value: int = task.ctx.regs[place]
-        if place == RFLAGS and task.ptrace.forced:
-            value &= ~EFLAGS_TF
-        return value
-    if place == _ORIG_RAX:
-        return task.orig_rax & ALL
-    return USER_CS if place == _CS else USER_SS if place == _SS else 0
-
-
-def get_registers(task: Task) -> bytes:
-    """struct user_regs_struct of a stopped task."""
-    return REGS.pack(*[_get_register(task, place) for place in _USER_REGS])
-
-
 def _set_register(task: Task, place: int, value: int) -> None:
     """putreg in arch/x86/kernel/ptrace.c. EIO: a base outside user space, or another segment than there is."""
     regs = task.ctx.regs
@@ -111,14 +79,14 @@ def _set_register(task: Task, place: int, value: int) -> None:
         elif place in (FS_BASE, GS_BASE) and value >= USER_TOP:
             raise Errno(errno.EIO)
         regs[place] = value
-    elif place == _ORIG_RAX:
+    elif place == ORIG_RAX:
         task.orig_rax = -1 if value == ALL else value
-    elif value & 0xFFFF != _get_register(task, place):
+    elif value & 0xFFFF != get_register(task, place):
         raise Errno(errno.EIO)
 
 
 def _set_registers(task: Task, data: bytes) -> None:
-    for place, (value,) in zip(_USER_REGS, Struct("<Q").iter_unpack(data), strict=False):
+    for place, (value,) in zip(USER_REGS, Struct("<Q").iter_unpack(data), strict=False):
         _set_register(task, place, value)
 
 
@@ -126,7 +94,7 @@ def _peek_user(task: Task, address: int) -> int:
     if address & 7 or address >= USER_SIZE:
         raise Errno(errno.EIO)
     if address < REGS.size:
-        return _get_register(task, _USER_REGS[address >> 3])
+        return get_register(task, USER_REGS[address >> 3])
     if DEBUG_REGISTERS <= address < DEBUG_REGISTERS + 64:
         registers = task.ptrace.debug
         number = address - DEBUG_REGISTERS >> 3
@@ -141,24 +109,11 @@ def _poke_user(task: Task, address: int, value: int) -> None:
     if address & 7 or address >= USER_SIZE:
         raise Errno(errno.EIO)
     if address < REGS.size:
-        _set_register(task, _USER_REGS[address >> 3], value)
+        _set_register(task, USER_REGS[address >> 3], value)
         return
     if not DEBUG_REGISTERS <= address < DEBUG_REGISTERS + 64:
         raise Errno(errno.EIO)
     ptrace.set_debug(task, address - DEBUG_REGISTERS >> 3, value)
-
-
-def _xstate(task: Task) -> bytearray:
-    """The XSAVE area as a tracer sees it: software's bytes tell XCR0."""
-    state = bytearray(task.ctx.xsave())
-    (present,) = unpack_from("<Q", state, XSAVE_HEADER)
-    if not present & 1:
-        state[:24] = b"\x7f\x03" + bytes(22)
-        state[32:160] = bytes(128)
-    if not present & 2:
-        state[160:416] = bytes(256)
-    pack_into("<Q", state, SW_OFFSET, task.kernel.platform.xcr0)
-    return state
 
 
 def _set_fpregs(task: Task, data: bytes) -> None:
@@ -200,11 +155,11 @@ def _regset(task: Task, tracee: Task, kind: int, vector: int, write: bool) -> in
         elif kind == NT_X86_XSTATE:
             _set_xstate(tracee, data)
         else:
-            _set_fpregs(tracee, data + bytes(_xstate(tracee)[length:FXSAVE_SIZE]))
+            _set_fpregs(tracee, data + regsets.extended(tracee)[length:FXSAVE_SIZE])
     else:
-        data = get_registers(tracee) if kind == NT_PRSTATUS else bytes(_xstate(tracee))
+        data = regsets.general(tracee) if kind == NT_PRSTATUS else regsets.extended(tracee)
         if kind == NT_PRFPREG:
-            data = data[:SW_OFFSET] + bytes(FXSAVE_SIZE - SW_OFFSET)
+            data = regsets.floating(data)
         mm.write(base, data[:length])
     mm.write_u64(vector + 8, length)
     return 0
@@ -420,11 +375,11 @@ def _registers(task: Task, tracee: Task, request: int, address: int, data: int) 
     elif request == POKEUSER:
         _poke_user(tracee, address, data)
     elif request == GETREGS:
-        mm.write(data, get_registers(tracee))
+        mm.write(data, regsets.general(tracee))
     elif request == SETREGS:
         _set_registers(tracee, mm.read(data, REGS.size))
     elif request == GETFPREGS:
-        mm.write(data, bytes(_xstate(tracee)[:SW_OFFSET]) + bytes(FXSAVE_SIZE - SW_OFFSET))
+        mm.write(data, regsets.floating(regsets.extended(tracee)))
     elif request == SETFPREGS:
         _set_fpregs(tracee, mm.read(data, FXSAVE_SIZE))
     elif request == ARCH_PRCTL:

@@ -220,10 +220,10 @@ def sched_getattr(task: Task, pid: Pid, attr: UserPtr, size: UInt, flags: UInt) 
     return 0
 
 
-@syscall(309)
+@syscall(309, note="a processor of the affinity mask, the same for the thread's life: the host moves vCPUs unseen")
 def getcpu(task: Task, cpu: UserPtr, node: UserPtr, unused: UserPtr) -> int:
     if cpu:
-        task.mm.write_u32(cpu, min(task.affinity))
+        task.mm.write_u32(cpu, task.cpu)
     if node:
         task.mm.write_u32(node, 0)
     return 0

@@ -320,7 +320,7 @@ def restart_syscall(task: Task) -> Any:
 
 
 # -- pidfds --
-@syscall(434, partial="only thread group leaders (PIDFD_THREAD is EINVAL)")
+@syscall(434, note="only thread group leaders: PIDFD_THREAD came with Linux 6.9")
 def pidfd_open(task: Task, pid: Pid, flags: UInt) -> int:
     if flags & ~O_NONBLOCK or pid <= 0:
         return -errno.EINVAL

@@ -142,6 +142,8 @@ static void fill_sregs(struct ks_machine *m)
 	s->idt.base = KS_STUB_BASE + (m->ring0 ? KS_GPA_IDT_RING0 : KS_GPA_IDT_RING3);
 	s->idt.limit = 32 * 16 - 1;
 	s->tr = (struct kvm_segment){ .limit = KS_SUP_TSS_LIMIT, .selector = KS_TSS_SELECTOR, .type = 11, .present = 1 };
+	/* No LDT. At reset there is one, at linear address 0: the application's selectors must not find descriptors there. */
+	s->ldt = (struct kvm_segment){ .type = 2, .unusable = 1 };
 	if (m->ring0) {
 		s->cs = ks_segment(KS_KERNEL_CS, 11, 0, 1);
 		s->ss = s->ds = s->es = s->fs = s->gs = ks_segment(KS_KERNEL_DS, 3, 0, 0);

@@ -51,6 +51,13 @@ int main(void)
 	memset(b, 0, n);
 	CHECK(getrandom(b, 5 * MB, 0) == 5 * MB);
 	CHECK(memcmp(b, b + MB, MB) && memcmp(b + 4 * MB, a, MB) && b[n - 1] == 0);
+	for (int i = 0; i < 2; i++) {
+		int device = open(i ? "/dev/urandom" : "/dev/zero", O_RDONLY);
+
+		CHECK(read(device, b, 9 * MB) == 9 * MB && (i || !memcmp(b, b + MB, 8 * MB)));
+		CHECK(pread(device, b, 9 * MB, 5) == 9 * MB);
+		close(device);
+	}
 	/* a bad page in the middle: what is before it counts */
 	CHECK(mprotect(b + 12 * MB, 4096, PROT_NONE) == 0);
 	CHECK(munmap(b + (12 * MB), 4096) == 0);

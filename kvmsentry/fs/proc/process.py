@@ -109,7 +109,7 @@ def stat(reader: Task, target: Task, ns: PidNamespace, thread: bool = False) -> 
     low = (1 << 31) - 1
     fields += [
         0, 0, target.pending.mask & low, target.blocked & low, ignored & low, caught & low,
-        0 if target.in_guest or target.sleep is None else 1, 0, 0, process.exit_signal, min(target.affinity, default=0),
+        0 if target.in_guest or target.sleep is None else 1, 0, 0, process.exit_signal, target.cpu,
         priority, policy, 0, 0, 0,
     ]  # fmt: skip
     if image is not None:
@@ -359,13 +359,13 @@ def set_loginuid(writer: Task, target: Task, data: bytes) -> None:
 
 def coredump_filter(reader: Task, target: Task) -> str:
     """/proc/PID/coredump_filter."""
-    return f"{getattr(target.process, 'coredump_filter', 0x33):08x}\n"
+    return f"{target.process.coredump_filter:08x}\n"
 
 
 def set_coredump_filter(writer: Task, target: Task, data: bytes) -> None:
-    """Remembered; there are no core files."""
+    """core(5): the bits that Linux knows."""
     look(writer, target)
-    setattr(target.process, "coredump_filter", _number(data, 0) & 0x1FF)  # noqa: B010
+    target.process.coredump_filter = _number(data, 0) & 0x1FF
 
 
 def no_label(reader: Task, target: Task) -> str:
