@@ -51,8 +51,6 @@ def mmap(task: Task, addr: UserPtr, length: Size, prot: ULong, flags: UInt, fd: 
             if prot & PROT_EXEC:
                 return -errno.EPERM
             max_prot = 7 & ~PROT_EXEC  # nor by mprotect(2) later (VM_MAYEXEC)
-        if offset + length >= 1 << 63:
-            return -errno.EOVERFLOW
         backing = file.backing()
         if backing is None and kind == MAP_PRIVATE:  # /dev/zero: anonymous, but shown by its path
             return task.mm.mmap(addr, length, prot & 7, flags, None, 0, 7, label_of(task.kernel, file.path))
