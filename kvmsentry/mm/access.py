@@ -383,7 +383,7 @@ class UserAccess(Pages):
 
     def futex_key(self, va: int, private: bool) -> Hashable:
         """What identifies the futex word at `va`: (space, va), or (backing, offset) in shared mappings. Errno(EFAULT)
-        unmapped."""
+        unmapped, and where a shared mapping has no page: behind the end of its file."""
         if private:
             if not 0 <= va < self.user_top:
                 raise Errno(errno.EFAULT)
@@ -392,6 +392,7 @@ class UserAccess(Pages):
         if vma is None or not vma.prot & 7:
             raise Errno(errno.EFAULT)
         if vma.flags & VM_SHARED and vma.backing is not None:
+            self.read(va, 1)
             return getattr(vma.backing, "ident", None) or id(vma.backing), vma.offset + va - vma.start
         return self.ident, va
 

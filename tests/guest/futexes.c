@@ -150,6 +150,20 @@ static void edges(void)
 	printf(" -> %u\n", word);
 }
 
+/* A word of a file names a page of it: behind the file's end there is none. */
+static void cut_off(void)
+{
+	int fd = memfd_create("words", 0);
+	uint32_t *words = mmap(NULL, 8192, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+
+	if (ftruncate(fd, 8192) || futex(words, FUTEX_WAKE, 1, NULL, NULL, 0) || ftruncate(fd, 4096))
+		perror("words");
+	printf("cut off: %ld", futex(words, FUTEX_WAKE, 1, NULL, NULL, 0));
+	printf(", %d\n", futex(words + 1024, FUTEX_WAKE, 1, NULL, NULL, 0) < 0 ? errno : 0);
+	munmap(words, 8192);
+	close(fd);
+}
+
 /* A thread that ends with a word on which another sleeps, and on no list: the word goes to the sleeper all the same. */
 static uint32_t word;
 
@@ -232,6 +246,7 @@ int main(void)
 	shared_between_processes();
 	requeue();
 	edges();
+	cut_off();
 	orphaned();
 	ranks();
 	printf("membarrier: %d %d\n", (int)syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED, 0, 0),
