@@ -40,6 +40,7 @@ class OverlaySuper(TmpSuper):
 
     fstype = "overlay"
     magic = OVERLAYFS_SUPER_MAGIC
+    dates_mappings = True
 
     def __init__(self, kernel: Kernel, lower: GoferSuper, size: int = 0) -> None:
         SuperBlock.__init__(self)
@@ -275,6 +276,7 @@ class OverlayFile(TmpFile):
         if inode.store is not None or self.writable:
             inode.data()
             return super().backing()
+        self.accessed()
         backing = inode.lower_paged() if inode.lower_paged is not None else None
         if backing is None:
             assert inode.lower is not None

@@ -6,7 +6,8 @@
 
 Frames come from the kernel's FrameAllocator and are charged to a `Pool` (the file system's size limit). Every byte of
 a frame that is not file data is zero: a file may grow into its last page, and into pages kept in reserve behind it,
-without clearing anything.
+without clearing anything. Only a shared mapping can store behind the end, in the last page: whoever makes the file
+longer then calls `clear_tail` first (`shared_tail`).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class PageStore:
     holes) while somebody maps the file stay until nobody does, so that no stale page-table entry ever shows another's
     memory."""
 
-    __slots__ = ("pool", "starts", "gpas", "counts", "pages", "mapped", "cut")
+    __slots__ = ("pool", "starts", "gpas", "counts", "pages", "mapped", "cut", "shared_tail")
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
@@ -55,6 +56,7 @@ class PageStore:
         self.pages = 0
         self.mapped = 0  # VMAs that use it
         self.cut: list[tuple[int, int]] = []  # (gpa, pages) no longer the file's, not yet free
+        self.shared_tail = False  # a partial last page was once mapped so that it may be stored to
 
     def __del__(self) -> None:
         pool = self.pool
@@ -215,6 +217,10 @@ class PageStore:
             else:
                 return
             start = stop
+
+    def clear_tail(self, size: int) -> None:
+        """Clear what lies behind `size`, the file's end, in the last page."""
+        self.zero(size, -(-size // PAGE) * PAGE)
 
     def unmap(self) -> None:
         """A VMA ended to use the file."""

@@ -54,6 +54,7 @@ class TmpSuper(SuperBlock):
     fstype = "tmpfs"
     magic = TMPFS_MAGIC
     xattr_bytes = 0
+    dates_mappings = False  # Linux's tmpfs does not know who stored through a mapping
 
     def __init__(
         self, kernel: Kernel, size: int = 0, inodes: int = 0, mode: int = 0o1777, uid: int = 0, gid: int = 0
@@ -178,6 +179,8 @@ class TmpInode(Inode):
             raise Errno(errno.EPERM)
         if size < old or self.store is None:
             self.shrink(size)
+        elif old & PAGE - 1 and self.store.shared_tail:
+            self.store.clear_tail(old)
         self.size = size
         self.mtime = self.ctime = _now()
 
@@ -422,6 +425,8 @@ class TmpBacking:
             return []
         store = inode.data()
         first, end = offset // PAGE, -(-(offset + length) // PAGE)
+        if writable_shared and offset + length & PAGE - 1:
+            store.shared_tail = True
         end = store.ensure(first, end)
         runs = [(gpa, count * PAGE) for gpa, count in store.runs(first, end)]
         if runs and not writable_shared and end * PAGE > offset + length:
@@ -436,6 +441,15 @@ class TmpBacking:
     def drop(self) -> None:
         """A VMA ended to use it."""
         self.inode.data().unmap()
+
+    def written(self) -> None:
+        """msync(2) of a mapping that may be stored to. What lies beyond the file's end in its last page is lost."""
+        inode = self.inode
+        if inode.sb.dates_mappings:
+            store = inode.data()
+            if store.shared_tail:
+                store.clear_tail(inode.size)
+            inode.mtime = inode.ctime = _now()
 
     def punch(self, offset: int, length: int) -> None:
         """MADV_REMOVE: [offset, offset + length) becomes a hole."""
@@ -481,6 +495,12 @@ class TmpFile(File):
                 inode.atime = _now()
         return store.read(views, pos, inode.size)
 
+    def accessed(self) -> None:
+        """file_accessed, with relatime."""
+        inode = self.inode
+        if inode.atime <= inode.mtime and not self.flags & O_NOATIME:
+            inode.atime = _now()
+
     def pwrite(self, views: list[memoryview], pos: int) -> int:
         """pwrite(2); ENOSPC, EFBIG, EPERM when sealed."""
         inode = self.inode
@@ -497,7 +517,10 @@ class TmpFile(File):
                 raise Errno(errno.EPERM)
             if inode.seals & F_SEAL_GROW and pos + total > size:
                 raise Errno(errno.EPERM)
-        n = (inode.store or inode.data()).write(views, pos, total, size)
+        store = inode.store or inode.data()
+        if store.shared_tail and pos > size:
+            store.clear_tail(size)
+        n = store.write(views, pos, total, size)
         if pos + n > size:
             inode.size = pos + n
         inode.mtime = inode.ctime = _now()
@@ -583,12 +606,15 @@ class TmpFile(File):
             if mode & FALLOC_KEEP_SIZE:
                 inode.__dict__["kept"] = True
             else:
+                if store.shared_tail:
+                    store.clear_tail(inode.size)
                 inode.size = end
         inode.mtime = inode.ctime = _now()
 
     def backing(self) -> Any:
         """What mmap(2) maps."""
         inode = self.inode
+        self.accessed()
         backing = inode.paged() if inode.paged is not None else None
         if backing is None:
             label = inode.target or label_of(inode.sb.kernel, self.path)

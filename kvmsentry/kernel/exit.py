@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.kernel import cputime, pidns, ptrace, signals, sysvipc, userns
+from kvmsentry.kernel import cputime, futex, pidns, ptrace, signals, sysvipc, userns
 from kvmsentry.kernel.task import Process, SigInfo, Task
 from kvmsentry.kernel.traps import park
 from kvmsentry.syscall.abi_signal import (
@@ -112,12 +112,11 @@ def release_mm(task: Task) -> None:
             except Errno:
                 pass  # the list is the application's: where it is broken, the walk ends, as on Linux
             task.robust_list = 0
+        futex.owner_gone(task)
         address = task.clear_child_tid
         if address:
             task.clear_child_tid = 0
             if mm.users > 1:
-                from kvmsentry.kernel import futex
-
                 try:
                     mm.write_u32(address, 0)
                     futex.wake(mm, address, 1)
@@ -160,8 +159,6 @@ def _walk_robust_list(task: Task, mm: Any) -> None:
 
 def _owner_died(task: Task, mm: Any, address: int, pi: bool, pending: bool) -> None:
     """handle_futex_death in kernel/futex/core.c."""
-    from kvmsentry.kernel import futex
-
     if address & 3:
         raise Errno(errno.EINVAL)
     while True:
@@ -173,7 +170,7 @@ def _owner_died(task: Task, mm: Any, address: int, pi: bool, pending: bool) -> N
         if owner != task.vtid:
             return
         if pi:
-            futex.hand_over(mm, address, mm.futex_key(address, False), FUTEX_OWNER_DIED)
+            futex.hand_over(task, mm, address, mm.futex_key(address, False), FUTEX_OWNER_DIED)
             return
         if mm.cmpxchg_u32(address, word, (word & FUTEX_WAITERS) | FUTEX_OWNER_DIED) == word:
             if word & FUTEX_WAITERS:

@@ -7,30 +7,37 @@ registering the waiter nothing can slip in: the only one who wakes is this threa
 from __future__ import annotations
 
 import errno
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.kernel.task import Task
+from kvmsentry.kernel.task import SCHED_DEADLINE, Task
 from kvmsentry.kernel.traps import ERESTART_RESTARTBLOCK, ERESTARTNOINTR, ERESTARTSYS, WaitQueue, park
 
 FUTEX_WAITERS = 0x80000000  # uapi/linux/futex.h
 FUTEX_OWNER_DIED = 0x40000000
 FUTEX_TID_MASK = 0x3FFFFFFF
 BITSET_ALL = 0xFFFFFFFF
+MAX_RT_PRIO = 100  # include/linux/sched/prio.h
 
 
 class Waiter:
     """One sleeper: it may be moved from word to word (requeue) while it sleeps."""
 
-    __slots__ = ("task", "key", "bitset", "queue", "woken", "pi", "target", "index")
+    __slots__ = ("task", "key", "bitset", "queue", "woken", "pi", "target", "address", "owner", "index", "rank")
 
-    def __init__(self, task: Task, key: Hashable, bitset: int, pi: bool = False, target: Hashable = None) -> None:
+    def __init__(
+        self, task: Task, key: Hashable, bitset: int, pi: bool = False, target: Hashable = None, address: int = 0
+    ) -> None:
         self.task, self.key, self.bitset, self.pi = task, key, bitset, pi
         self.target = target  # FUTEX_WAIT_REQUEUE_PI: the word it expects to be moved to
+        self.address = address  # of the PI word that will be its own
+        self.owner: Task | None = None  # who holds that word
         self.queue = WaitQueue()
         self.woken = False
         self.index = 0
+        policy, priority = task.policy  # who is woken first: __futex_queue, kernel/futex/core.c
+        self.rank = MAX_RT_PRIO - 1 - priority if priority else -1 if policy == SCHED_DEADLINE else MAX_RT_PRIO
 
     def wake(self) -> None:
         """End the sleep; the waiter was taken off its word by the caller."""
@@ -38,7 +45,8 @@ class Waiter:
         self.queue.wake()
 
 
-_waiters: dict[Hashable, dict[Waiter, None]] = {}
+_waiters: dict[Hashable, dict[Waiter, None]] = {}  # those of one word by rank, then by arrival
+_owned: dict[Task, dict[Hashable, None]] = {}  # PI words that somebody sleeps for, or did, by who holds them
 
 
 def census() -> int:
@@ -47,7 +55,12 @@ def census() -> int:
 
 
 def _add(waiter: Waiter) -> None:
-    _waiters.setdefault(waiter.key, {})[waiter] = None
+    words = _waiters.setdefault(waiter.key, {})
+    words[waiter] = None
+    if waiter.rank != MAX_RT_PRIO and len(words) > 1:
+        ranked = sorted(words, key=lambda each: each.rank)
+        words.clear()
+        words.update(dict.fromkeys(ranked))
 
 
 def _remove(waiter: Waiter) -> None:
@@ -221,9 +234,29 @@ def lock_pi(task: Task, address: int, private: bool, deadline: int | None, try_o
             raise Errno(errno.ESRCH)
         if word & FUTEX_WAITERS or mm.cmpxchg_u32(address, word, word | FUTEX_WAITERS) == word:
             break
-    waiter = Waiter(task, key, BITSET_ALL, pi=True)
+    waiter = Waiter(task, key, BITSET_ALL, pi=True, address=address)
+    _owns(holder, key, [waiter])
     _add(waiter)
     return _sleep_pi(task, waiter, deadline)
+
+
+def _owns(owner: Task, key: Hashable, waiters: Iterable[Waiter]) -> None:
+    """`waiters` sleep until `owner` gives them the word of `key`, or dies."""
+    _owned.setdefault(owner, {})[key] = None
+    for waiter in waiters:
+        waiter.owner = owner
+
+
+def owner_gone(task: Task) -> None:
+    """A thread ends: words on which others sleep and that it has neither given back nor on its robust list go to the
+    next of them, marked, whatever they hold (exit_pi_state_list, kernel/futex/core.c)."""
+    for key in _owned.pop(task, ()):
+        first = next(iter(_waiters.get(key, ())), None)
+        if first is not None and first.owner is task:
+            try:
+                hand_over(task, first.task.mm, first.address, key, FUTEX_OWNER_DIED)
+            except Errno:
+                pass  # no word there any more: its waiters sleep on, as long as they like
 
 
 async def _sleep_pi(task: Task, waiter: Waiter, deadline: int | None) -> int:
@@ -242,17 +275,20 @@ async def _sleep_pi(task: Task, waiter: Waiter, deadline: int | None) -> int:
 
 
 def unlock_pi(task: Task, address: int, private: bool) -> int:
-    """FUTEX_UNLOCK_PI: hand the word to the waiter that has slept longest; EPERM when it is not ours."""
+    """FUTEX_UNLOCK_PI: hand the word to the next waiter; EPERM when it is not ours."""
     mm = task.mm
     word = mm.read_u32(address)
     if word & FUTEX_TID_MASK != task.vtid:
         return -errno.EPERM
-    return hand_over(mm, address, mm.futex_key(address, private), 0)
+    hand_over(task, mm, address, mm.futex_key(address, private), 0)
+    return 0
 
 
-def hand_over(mm: Any, address: int, key: Hashable, died: int) -> int:
-    """Give the word at `address` to the next PI waiter (or to nobody), with FUTEX_OWNER_DIED in `died` when its owner
-    died."""
+def hand_over(task: Task, mm: Any, address: int, key: Hashable, died: int) -> None:
+    """Give the word at `address`, which was `task`'s, to the next PI waiter (or to nobody), with FUTEX_OWNER_DIED in
+    `died` when its owner died."""
+    if task in _owned:
+        _owned[task].pop(key, None)
     words = _waiters.get(key)
     heir = None
     if words:
@@ -272,7 +308,8 @@ def hand_over(mm: Any, address: int, key: Hashable, died: int) -> int:
     if heir is not None:
         _remove(heir)
         heir.wake()
-    return 0
+        if words:
+            _owns(heir.task, key, words)
 
 
 def wait_requeue_pi(
@@ -284,7 +321,8 @@ def wait_requeue_pi(
     mm = task.mm
     if mm.read_u32(address) != expected:
         return -errno.EAGAIN
-    waiter = Waiter(task, mm.futex_key(address, private), bitset, pi=True, target=mm.futex_key(address2, private))
+    target = mm.futex_key(address2, private)
+    waiter = Waiter(task, mm.futex_key(address, private), bitset, pi=True, target=target, address=address2)
     _add(waiter)
     return _sleep_pi(task, waiter, deadline)
 
@@ -321,6 +359,9 @@ def cmp_requeue_pi(
     while moved:
         word = mm.read_u32(address2)
         if word & FUTEX_WAITERS or mm.cmpxchg_u32(address2, word, word | FUTEX_WAITERS) == word:
+            holder = first.task.process.pid_ns.tasks.get(word & FUTEX_TID_MASK)
+            if holder is not None:
+                _owns(holder, key2, _waiters[key2])
             break
     return done + moved
 

@@ -64,7 +64,6 @@ class Kernel:
         self.task_events = 0  # how many events were handled
         self.devices: Any = None  # terminals and pseudo-terminals, fs/devfs.py
         self.sysctl: Any = None  # values of /proc/sys, fs/proc/sysctl.py
-        self._last_pid = 0
         self.ns = namespaces.first(self)
 
     def now(self) -> int:
@@ -81,13 +80,14 @@ class Kernel:
         """The next free id, for a task, process group and session alike; EAGAIN when there is none."""
         if len(self.tasks) >= self.max_tasks:
             raise Errno(errno.EAGAIN)
-        pid = self._last_pid
+        space = self.pid_ns
+        pid = space.last_pid
         for _ in range(PID_MAX):
             pid += 1
             if pid >= PID_MAX:
-                pid = 300 if self._last_pid > 300 else 1  # as Linux does: low numbers once only (RESERVED_PIDS)
+                pid = 300 if space.last_pid > 300 else 1  # as Linux does: low numbers once only (RESERVED_PIDS)
             if pid not in self.tasks and pid not in self.processes and not self._group_in_use(pid):
-                self._last_pid = pid
+                space.last_pid = pid
                 return pid
         raise Errno(errno.EAGAIN)
 

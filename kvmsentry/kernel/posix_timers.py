@@ -18,6 +18,7 @@ SI_TIMER, SI_KERNEL = -2, 0x80  # uapi/asm-generic/siginfo.h
 CLOCK_REALTIMES = (0, 5, 8, 11)
 SECOND = 1_000_000_000  # ns
 FOREVER = 1 << 32  # seconds: no limit is further off
+JIFFY = SECOND // 250  # CONFIG_HZ
 MIN_CPU_CHECK = 1_000_000  # ns: how often, at most, a processor-time timer looks
 
 
@@ -217,8 +218,7 @@ class PosixTimer(SignalTimer):
             signals.send_process(self.process, info)
 
     def delivered(self, info: SigInfo) -> None:
-        """Signal delivery took our signal, or threw it away: its overrun count is final, the next expiry may queue
-        again."""
+        """Signal delivery took our signal: its overrun count is final, the next expiry may queue again."""
         self.queued = None
         if self.halted and self.expiry is not None:
             self.halted = False
@@ -228,3 +228,12 @@ class PosixTimer(SignalTimer):
             self._arm()
         info.fields["overrun"] = self.overrun_delivered = min(self.overrun, 0x7FFFFFFF)
         self.overrun = 0
+
+    def dropped(self) -> None:
+        """Nobody takes our signal, it is ignored. A periodic timer goes on, but a jiffy later at the earliest, or one
+        with a period of 1 ns would keep everybody from running (posix_timer_fn, kernel/time/posix-timers.c)."""
+        self.queued = None
+        if self.halted and self.expiry is not None:
+            self.halted = False
+            self.expiry += max(1, -(-(self.clock() + JIFFY - self.expiry) // self.interval)) * self.interval
+            self._arm()

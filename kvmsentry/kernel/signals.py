@@ -173,7 +173,7 @@ def is_ignored(process: Process, task: Task, signo: int) -> bool:
 
 def _forget(info: SigInfo) -> None:
     if info.timer is not None:
-        info.timer.delivered(info)
+        info.timer.dropped()
 
 
 def flush(pending: PendingSignals, mask: int) -> None:
@@ -221,11 +221,10 @@ def _prepare(process: Process, task: Task, signo: int, force: bool) -> bool:
 
 
 def _queue(process: Process, pending: PendingSignals, info: SigInfo) -> bool:
-    """Add to a queue; False when it was there already."""
+    """Add to a queue; False when it was there already. A timer has its own place there (send_sigqueue)."""
     signo = info.signo
     signal_bit = 1 << (signo - 1)
-    if pending.mask & signal_bit and signo < SIGRTMIN:
-        _forget(info)
+    if pending.mask & signal_bit and signo < SIGRTMIN and info.timer is None:
         return False
     if signo >= SIGRTMIN and len(pending.queue) >= process.rlimits[RLIMIT_SIGPENDING][0] and info.code != SI_USER:
         raise Errno(errno.EAGAIN)
@@ -325,7 +324,8 @@ def dequeue(task: Task, mask: int) -> SigInfo | None:
         if found is None:
             return SigInfo(signo, SI_USER, pid=0, uid=0)
         info = queue.pop(found)
-        _forget(info)
+        if info.timer is not None:
+            info.timer.delivered(info)
         return info
     return None
 

@@ -177,10 +177,14 @@ class Advice(Mappings):
         for vma in self.tree.range(addr, end):
             if flags & abi.MS_INVALIDATE and vma.flags & VM_LOCKED:
                 raise Errno(errno.EBUSY)
-            sync = getattr(vma.backing, "sync", None)
-            if sync is not None and flags & abi.MS_SYNC and vma.flags & VM_SHARED:
+            if not flags & abi.MS_SYNC or not vma.flags & VM_SHARED:
+                continue
+            sync, written = getattr(vma.backing, "sync", None), getattr(vma.backing, "written", None)
+            if sync is not None:
                 low = max(addr, vma.start)
                 sync(vma.offset + low - vma.start, min(end, vma.end) - low)
+            elif written is not None and vma.prot & abi.PROT_WRITE:
+                written()
         if not self.tree.covered(addr, end):
             raise Errno(errno.ENOMEM)
 

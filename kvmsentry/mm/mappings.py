@@ -96,7 +96,7 @@ class Mappings(UserAccess):
         if kind == MAP_SHARED_VALIDATE and flags & MAP_SYNC:
             raise Errno(errno.EOPNOTSUPP)
         if backing is not None:
-            if offset < 0 or offset + length > 1 << 63:
+            if offset < 0 or offset + length >= 1 << 63:
                 raise Errno(errno.EOVERFLOW)
             if prot & 7 & ~max_prot:
                 raise Errno(errno.EACCES)

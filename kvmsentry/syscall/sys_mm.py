@@ -54,8 +54,6 @@ def mmap(task: Task, addr: UserPtr, length: Size, prot: ULong, flags: UInt, fd: 
                 return -errno.EPERM
             implied = 0
             max_prot = 7 & ~PROT_EXEC  # nor by mprotect(2) later (VM_MAYEXEC)
-        if offset + length >= 1 << 63:
-            return -errno.EOVERFLOW
         backing = file.backing()
         if backing is None and kind == MAP_PRIVATE:  # /dev/zero: anonymous, but shown by its path
             prot |= PROT_EXEC if implied else 0

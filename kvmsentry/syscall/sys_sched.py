@@ -122,7 +122,7 @@ def _checked_deadline(wanted: tuple[int, int, int] | None) -> tuple[int, int, in
     return runtime, deadline, period
 
 
-@syscall(144, note="remembered, not enforced")
+@syscall(144, note="decides who is woken first on a futex, not who runs")
 def sched_setscheduler(task: Task, pid: Pid, policy: Int, param: UserPtr) -> int:
     if policy < 0 or not param:
         return -errno.EINVAL
@@ -136,7 +136,7 @@ def sched_getscheduler(task: Task, pid: Pid) -> int:
     return _target(task, pid).policy[0]
 
 
-@syscall(142, note="remembered, not enforced")
+@syscall(142, note="decides who is woken first on a futex, not who runs")
 def sched_setparam(task: Task, pid: Pid, param: UserPtr) -> int:
     if not param:
         return -errno.EINVAL

@@ -113,6 +113,56 @@ static void ignored(void)
 	CHECK("delete", !timer_delete(timer));
 }
 
+/* Ignored once it is no longer blocked: the count of the one that was taken stands, and the timer starves nobody. */
+static void ignored_later(void)
+{
+	struct sigevent event = { .sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGCONT };
+	sigset_t set_;
+	int count;
+
+	sigemptyset(&set_);
+	sigaddset(&set_, SIGCONT);
+	sigprocmask(SIG_BLOCK, &set_, NULL);
+	CHECK("create", !timer_create(CLOCK_MONOTONIC, &event, &timer));
+	set(2, 1);
+	nap(50);
+	sigprocmask(SIG_UNBLOCK, &set_, NULL);
+	count = timer_getoverrun(timer);
+	CHECK("counted", count >= 20000000);
+	nap(30);
+	CHECK("stands", timer_getoverrun(timer) == count);
+	CHECK("delete", !timer_delete(timer));
+}
+
+/* Each timer has a place of its own in the queue, also with an ordinary signal. */
+static void two_of_a_kind(void)
+{
+	struct sigevent event = { .sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGUSR1 };
+	struct timespec none = { 0, 0 };
+	timer_t first, second;
+	siginfo_t info;
+	sigset_t set_;
+	int values = 0;
+
+	sigemptyset(&set_);
+	sigaddset(&set_, SIGUSR1);
+	sigprocmask(SIG_BLOCK, &set_, NULL);
+	event.sigev_value.sival_int = 1;
+	CHECK("create", !timer_create(CLOCK_MONOTONIC, &event, &timer));
+	set(0, 1);
+	first = timer;
+	event.sigev_value.sival_int = 2;
+	CHECK("create", !timer_create(CLOCK_MONOTONIC, &event, &timer));
+	set(0, 1);
+	second = timer;
+	nap(20);
+	kill(getpid(), SIGUSR1);	/* this one is there already */
+	while (sigtimedwait(&set_, &info, &none) == SIGUSR1)
+		values = values * 10 + (info.si_code == SI_TIMER ? info.si_value.sival_int : 9);
+	CHECK("both, in their order", values == 12);
+	CHECK("delete", !timer_delete(first) && !timer_delete(second));
+}
+
 static void silent(void)
 {
 	struct sigevent event = { .sigev_notify = SIGEV_NONE };
@@ -158,6 +208,8 @@ int main(void)
 		;
 	blocked();
 	ignored();
+	ignored_later();
+	two_of_a_kind();
 	silent();
 	nodes();
 	printf("%s\n", bad ? "bad" : "ok");

@@ -150,6 +150,92 @@ static void edges(void)
 	printf(" -> %u\n", word);
 }
 
+/* A word of a file names a page of it: behind the file's end there is none. */
+static void cut_off(void)
+{
+	int fd = memfd_create("words", 0);
+	uint32_t *words = mmap(NULL, 8192, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+
+	if (ftruncate(fd, 8192) || futex(words, FUTEX_WAKE, 1, NULL, NULL, 0) || ftruncate(fd, 4096))
+		perror("words");
+	printf("cut off: %ld", futex(words, FUTEX_WAKE, 1, NULL, NULL, 0));
+	printf(", %d\n", futex(words + 1024, FUTEX_WAKE, 1, NULL, NULL, 0) < 0 ? errno : 0);
+	munmap(words, 8192);
+	close(fd);
+}
+
+/* A thread that ends with a word on which another sleeps, and on no list: the word goes to the sleeper all the same. */
+static uint32_t word;
+
+static void *end_holding(void *unused)
+{
+	word = syscall(SYS_gettid);
+	while (!(__atomic_load_n(&word, __ATOMIC_SEQ_CST) & FUTEX_WAITERS))
+		usleep(1000);
+	return unused;
+}
+
+static void orphaned(void)
+{
+	pthread_t thread;
+
+	word = 0;
+	pthread_create(&thread, NULL, end_holding, NULL);
+	while (!__atomic_load_n(&word, __ATOMIC_SEQ_CST))
+		usleep(1000);
+	int got = futex(&word, FUTEX_LOCK_PI, 0, NULL, NULL, 0);
+	printf("orphaned: %d, mine %d, marked %d\n", got, (int)(word & FUTEX_TID_MASK) == gettid(),
+	       !!(word & FUTEX_OWNER_DIED));
+	printf("given back: %d\n", (int)futex(&word, FUTEX_UNLOCK_PI, 0, NULL, NULL, 0));
+	pthread_join(thread, NULL);
+}
+
+/* Who has the higher priority of the real-time ones is woken first, and every one of them before the others. */
+static int woken_order[4], woken_count;
+
+static void *sleep_at(void *arg)
+{
+	int priority = *(int *)arg;
+	struct sched_param param = { .sched_priority = priority };
+
+	if (priority)
+		pthread_setschedparam(pthread_self(), SCHED_FIFO, &param);
+	futex(&word, FUTEX_WAIT, 0, NULL, NULL, 0);
+	pthread_mutex_lock(&mutex);
+	woken_order[woken_count++] = priority;
+	pthread_mutex_unlock(&mutex);
+	return NULL;
+}
+
+static void ranks(void)
+{
+	static const int priorities[4] = { 0, 3, 20, 10 };
+	struct sched_param param = { .sched_priority = 1 };
+	pthread_t threads[4];
+
+	if (sched_setscheduler(0, SCHED_FIFO, &param) == -1) /* needs CAP_SYS_NICE */
+		return;
+	param.sched_priority = 0;
+	sched_setscheduler(0, SCHED_OTHER, &param);
+	pthread_mutex_init(&mutex, NULL);
+	word = 0;
+	for (int i = 0; i < 4; i++) {
+		pthread_create(&threads[i], NULL, sleep_at, (void *)&priorities[i]);
+		usleep(50000);
+	}
+	for (int i = 1; i <= 4; i++) {
+		futex(&word, FUTEX_WAKE, 1, NULL, NULL, 0);
+		for (int seen = 0; seen < i; usleep(1000)) {
+			pthread_mutex_lock(&mutex);
+			seen = woken_count;
+			pthread_mutex_unlock(&mutex);
+		}
+	}
+	for (int i = 0; i < 4; i++)
+		pthread_join(threads[i], NULL);
+	printf("by rank: %d %d %d %d\n", woken_order[0], woken_order[1], woken_order[2], woken_order[3]);
+}
+
 int main(void)
 {
 	setvbuf(stdout, NULL, _IOLBF, 0);
@@ -160,6 +246,9 @@ int main(void)
 	shared_between_processes();
 	requeue();
 	edges();
+	cut_off();
+	orphaned();
+	ranks();
 	printf("membarrier: %d %d\n", (int)syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED, 0, 0),
 	       (int)syscall(SYS_membarrier, MEMBARRIER_CMD_PRIVATE_EXPEDITED, 0, 0));
 	return 0;

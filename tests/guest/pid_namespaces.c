@@ -386,6 +386,34 @@ static void chosen(void)
 	puts("set_tid");
 }
 
+/* The number that the namespace counts on from (Documentation/admin-guide/sysctl/kernel.rst, ns_last_pid). */
+static void counted(void)
+{
+	pid_t pid = spawn(CLONE_NEWPID);
+	char text[16] = "";
+	int fd;
+
+	CHECK(pid >= 0);
+	if (!pid) {
+		fd = open("/proc/sys/kernel/ns_last_pid", O_RDWR);
+		if (fd < 0 && errno == ENOENT)
+			_exit(0); /* a host without CONFIG_CHECKPOINT_RESTORE */
+		CHECK(fd >= 0);
+		CHECK(read(fd, text, sizeof text) == 2 && !strcmp(text, "1\n"));
+		CHECK(pwrite(fd, "500", 3, 0) == 3);
+		pid = fork();
+		if (!pid)
+			_exit(0);
+		CHECK(pid == 501 && ended(pid) == 0);
+		FAILS(pwrite(fd, "5000000", 7, 0), EINVAL);
+		FAILS(pwrite(fd, "-1", 2, 0), EINVAL);
+		CHECK(!setuid(65534));
+		FAILS(pwrite(fd, "600", 3, 0), EPERM);
+		_exit(0);
+	}
+	CHECK(ended(pid) == 0);
+}
+
 static void mounted(void)
 {
 	pid_t pid = spawn(CLONE_NEWPID | CLONE_NEWNS);
@@ -437,6 +465,7 @@ int main(void)
 	unshared();
 	entered();
 	chosen();
+	counted();
 	mounted();
 	return 0;
 }

@@ -131,6 +131,21 @@ def test_shared_mapping_is_the_file(world, task):
     assert frames_of(world) == before
 
 
+@pytest.mark.parametrize("grow", ["truncate", "write", "fallocate"])
+def test_what_a_mapping_stored_behind_the_end_is_not_the_files(task, grow):
+    task.put(b"/f", b"i" * 1000)
+    file = task.files.get(task.open(b"/f", 2))
+    va = task.mm.mmap(0, PAGE, 3, 1, file.backing(), 0)
+    task.mm.write(va + 999, b"in")
+    if grow == "truncate":
+        task.call(76, b"/f", 2000)
+    elif grow == "write":
+        file.pwrite([memoryview(b"x")], 2000)
+    else:
+        file.fallocate(0, 0, 2000)
+    assert task.mm.read(va + 999, 3) == b"i\0\0"
+
+
 def test_private_mapping_does_not_write_through(task):
     task.put(b"/f", b"a" * 5000)
     fd = task.open(b"/f", 2)

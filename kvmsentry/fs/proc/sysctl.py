@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from kvmsentry.errors import Errno
 from kvmsentry.fs.proc import sysvipc
 from kvmsentry.fs.proc.nodes import INT, TextInode, TreeInode, numbers
-from kvmsentry.kernel import identity
+from kvmsentry.kernel import cap, identity
+from kvmsentry.kernel.pidns import PID_MAX
 from kvmsentry.kernel.task import CAP_LAST
 from kvmsentry.kernel.userns import capable
 
@@ -297,6 +298,18 @@ def _uts(field: str) -> tuple[Any, Any]:
     return show, store
 
 
+def _show_last_pid(task: Any) -> str:
+    return f"{task.process.pid_ns.last_pid}\n"
+
+
+def _store_last_pid(task: Any, data: bytes) -> None:
+    """pid_ns_ctl_handler, kernel/pid_namespace.c: the next process is numbered from there."""
+    space = task.process.pid_ns
+    if not any(capable(task.creds, space.user_ns, each) for each in (cap.CHECKPOINT_RESTORE, CAP_SYS_ADMIN)):
+        raise Errno(errno.EPERM)
+    (space.last_pid,) = numbers(data, [space.last_pid], (0, PID_MAX))
+
+
 def _file_nr(task: Any) -> str:
     tables = {id(t.files): t.files for t in task.kernel.tasks.values() if t.files is not None}
     count = len({id(file) for table in tables.values() for file in table.files.values()})
@@ -312,6 +325,7 @@ def build(sb: SuperBlock, kernel: Kernel) -> TreeInode:
     for field, name in (("nodename", b"kernel/hostname"), ("domainname", b"kernel/domainname")):
         show, store = _uts(field)
         tree.put(name, TextInode(sb, show, 0o644, store))
+    tree.put(b"kernel/ns_last_pid", TextInode(sb, _show_last_pid, 0o666, _store_last_pid))
     for name, inode in sysvipc.limits(sb).items():
         tree.put(b"kernel/" + name, inode)
     tree.put(b"kernel/random/boot_id", TextInode(sb, lambda task: values.boot_id + "\n"))

@@ -145,7 +145,7 @@ def stat(task: Task) -> str:
     each = busy // len(cpus)
     lines = [f"cpu  {busy} 0 0 {max(0, up * len(cpus) - busy)} 0 0 0 0 0 0"]
     lines += [f"cpu{cpu} {each} 0 0 {max(0, up - each)} 0 0 0 0 0 0" for cpu in cpus]
-    last = getattr(kernel, "_last_pid", 0)
+    last = kernel.pid_ns.last_pid
     boot = kernel.boot_time - task.ns.time.offsets[CLOCK_BOOTTIME]
     running = runnable(kernel)
     lines += [
@@ -186,8 +186,7 @@ def loadavg(task: Task) -> str:
     """/proc/loadavg."""
     kernel = task.kernel
     one, five, fifteen = load(kernel)
-    space = task.process.pid_ns
-    last = space.last_pid if space.level else getattr(kernel, "_last_pid", 0)
+    last = task.process.pid_ns.last_pid
     return f"{one:.2f} {five:.2f} {fifteen:.2f} {max(1, runnable(kernel))}/{len(kernel.tasks)} {last}\n"
 
 
