@@ -93,9 +93,7 @@ def published(debian: str, kvmsentry: list[str]) -> Iterator[int]:
 
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("client", ["ab", "ab -k", "wrk"])
-def test_published(
-    client: str, seconds: int, published: int, rootfs: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_published(client: str, seconds: int, published: int, rootfs: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Twenty clients of the host's ask for as long as that; no request fails."""
     url = f"http://127.0.0.1:{published}/"
     command = f"wrk -c 20 -t 2 -d {seconds} {url}"
