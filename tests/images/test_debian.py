@@ -1,98 +1,21 @@
 """A Debian image, used as people use one: each script runs in the same root file system natively and inside, and
 the two must say the same.
-
-The image comes from `hack/mkimage debian` (built once, minutes); KVMSENTRY_DEBIAN names a ready one.
 """
 
 from __future__ import annotations
 
-import os
 import pathlib
-import shutil
-import subprocess
-import sys
-import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
+from debian_image import Beside
 from test_terminal import Person
 
 pytestmark = pytest.mark.timeout(900)
-MKIMAGE = pathlib.Path(__file__).parents[2] / "hack" / "mkimage"
-PACKAGES = ["gcc", "git", "libc6-dev", "make", "perl", "procps", "python3", "sqlite3", "xz-utils"]
 
 SCRIPTS = pathlib.Path(__file__).with_name("debian")
 EXECUTE = {".sh": "bash", ".pl": "perl", ".py": "python3"}
-
-
-@pytest.fixture(scope="module")
-def debian(tmp_path_factory: pytest.TempPathFactory) -> str:
-    if ready := os.environ.get("KVMSENTRY_DEBIAN"):
-        return ready
-    path = tmp_path_factory.mktemp("images") / "debian.tar"
-    made = subprocess.run([sys.executable, MKIMAGE, "debian", path, *PACKAGES], capture_output=True, text=True)
-    if made.returncode != 0:
-        pytest.skip(f"no Debian image can be made here: {made.stderr.strip()[-300:]}")
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def rootfs(debian: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-    """The image's files, for the native side; each run sees them through an overlay of its own."""
-    if os.geteuid() != 0:
-        pytest.skip("the native side needs chroot(2)")
-    target = tmp_path_factory.mktemp("debian")
-    with tarfile.open(debian) as image:
-        for member in image.getmembers():
-            if member.name.endswith("layer.tar") or member.name.startswith("blobs") or member.name.endswith(".tar"):
-                layer = image.extractfile(member)
-                assert layer is not None
-                unpack = subprocess.Popen(["tar", "-x", "--numeric-owner", "-C", target], stdin=subprocess.PIPE)
-                assert unpack.stdin is not None
-                shutil.copyfileobj(layer, unpack.stdin, 1 << 20)
-                unpack.stdin.close()
-                assert unpack.wait() == 0
-    yield target
-    shutil.rmtree(target, ignore_errors=True)
-
-
-NATIVE = """
-mount -t tmpfs none $0 &&
-mkdir $0/u $0/w $0/m && mount -t overlay -o lowerdir=$1,upperdir=$0/u,workdir=$0/w none $0/m &&
-cd $0/m && mkdir -p proc dev tmp &&
-mount -t proc proc proc && mount --rbind /dev dev && mount -t tmpfs none tmp && shift && exec chroot . "$@"
-"""
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-
-Beside = Callable[..., str]
-
-
-@pytest.fixture
-def beside(debian: str, rootfs: pathlib.Path, kvmsentry: list[str], tmp_path: pathlib.Path) -> Beside:
-    """Runs a command natively and inside; both must end the same and say the same. Returns what they said."""
-
-    def run(*argv: str, timeout: int = 120) -> str:
-        def outcome(command: list[str], **how: object) -> tuple[int, str, str]:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=timeout,
-                **how,
-            )  # type: ignore[call-overload]
-            return done.returncode, done.stdout, done.stderr
-
-        alone = ["unshare", "-mpfu", "--kill-child", "sh", "-c", NATIVE, str(tmp_path), str(rootfs)]
-        native = outcome([*alone, *argv], env={"PATH": PATH, "HOME": "/root"})
-        inside = outcome([*kvmsentry, "run", debian, *argv])
-        assert inside[:2] == native[:2], f"natively: {native[2]}\ninside: {inside[2]}"
-        return native[1]
-
-    return run
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in SCRIPTS.iterdir()))

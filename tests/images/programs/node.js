@@ -22,7 +22,7 @@ else (async()=>{
  console.log('http',await get('/x'));
  const t=process.hrtime.bigint(); const N=+(process.env.N||300);
  await Promise.all([...Array(N).keys()].map(i=>get('/'+i)));
- if(process.env.TIME)console.log('req/s',Math.round(N/(Number(process.hrtime.bigint()-t)/1e9)));
+ if(process.env.TIME)console.log('figure http server and keep-alive clients in one process, req/s:',Math.round(N/(Number(process.hrtime.bigint()-t)/1e9)));
  agent.destroy();srv.close();
  const z=require('zlib'),c=require('crypto'); console.log(z.gunzipSync(z.gzipSync(Buffer.alloc(1e6,'ab'))).length,(await new Promise(r=>c.pbkdf2('a','b',1000,16,'sha256',(e,k)=>r(k.toString('hex'))))));
  process.on('SIGUSR2',()=>{console.log('signal')});process.kill(process.pid,'SIGUSR2');

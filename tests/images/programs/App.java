@@ -2,7 +2,6 @@
 import java.util.*;import java.util.concurrent.*;import java.nio.*;import java.nio.channels.*;import java.nio.file.*;import java.net.*;import java.io.*;
 public class App{
  public static void main(String[] a)throws Exception{
-  long t0=System.nanoTime();
   ExecutorService ex=Executors.newFixedThreadPool(8);List<Future<Long>> fs=new ArrayList<>();
   for(int i=0;i<32;i++){final int k=i;fs.add(ex.submit(()->{long s=0;for(int j=0;j<200000;j++)s=s*31+j*k;return s;}));}
   long s=0;for(Future<Long> f:fs)s^=f.get();System.out.println("threads "+s);
@@ -20,7 +19,7 @@ public class App{
   long t1=System.nanoTime();
   List<Future<Integer>> r=new ArrayList<>();for(int i=0;i<10;i++)r.add(ex.submit(()->{int ok=0;try(Socket so=new Socket("127.0.0.1",port)){OutputStream o=so.getOutputStream();DataInputStream in=new DataInputStream(so.getInputStream());byte[] m=new byte[100];for(int j=0;j<100;j++){m[0]=(byte)j;o.write(m);in.readFully(m);if(m[0]==(byte)j)ok++;}}return ok;}));
   int ok=0;for(Future<Integer> f:r)ok+=f.get();server.join();System.out.println("nio "+ok);
-  if(System.getenv("TIME")!=null)System.out.println("echo/s "+(long)(1000/((System.nanoTime()-t1)/1e9)));
+  if(System.getenv("TIME")!=null)System.out.println("figure echo over a Selector, 8 threads, messages/s: "+(long)(1000/((System.nanoTime()-t1)/1e9)));
   Path p=Files.createTempFile("x","y");try(FileChannel fc=FileChannel.open(p,StandardOpenOption.READ,StandardOpenOption.WRITE)){MappedByteBuffer m=fc.map(FileChannel.MapMode.READ_WRITE,0,1<<20);for(int i=0;i<1<<20;i+=4096)m.put(i,(byte)7);m.force();FileLock l=fc.lock();l.release();}
   System.out.println("map "+Files.readAllBytes(p)[8192]+" "+Files.size(p));Files.delete(p);
   Process pr=new ProcessBuilder("sh","-c","cat; echo done").start();pr.getOutputStream().write("in\n".getBytes());pr.getOutputStream().close();System.out.println("proc "+new String(pr.getInputStream().readAllBytes()).replace("\n","|")+pr.waitFor());
@@ -28,7 +27,6 @@ public class App{
   ScheduledExecutorService se=Executors.newScheduledThreadPool(1);CountDownLatch cl=new CountDownLatch(5);se.scheduleAtFixedRate(cl::countDown,1,10,TimeUnit.MILLISECONDS);cl.await();se.shutdownNow();ex.shutdown();
   try{int[] z=new int[1];String n=null;n.length();}catch(NullPointerException e){System.out.println("npe");}
   try{so(0);}catch(StackOverflowError e){System.out.println("so");}
-  if(System.getenv("TIME")!=null)System.out.println("total ms "+(System.nanoTime()-t0)/1000000);
  }
  static int so(int n){return so(n+1)+1;}
 }

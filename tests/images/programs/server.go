@@ -11,7 +11,7 @@ func main(){
  n:=500; t0:=time.Now(); ok:=0; jobs:=make(chan int)
  for k:=0;k<10;k++{wg.Add(1);go func(){defer wg.Done();for i:=range jobs{r,e:=cl.Get(fmt.Sprintf("http://%s/%d",l.Addr(),i));if e!=nil{fmt.Println(e);continue};b,_:=io.ReadAll(r.Body);r.Body.Close();if string(b)==fmt.Sprintf("hi /%d",i){mu.Lock();ok++;mu.Unlock()}}}()}
  for i:=0;i<n;i++{jobs<-i};close(jobs);wg.Wait(); fmt.Println("http",ok)
- if os.Getenv("TIME")!=""{fmt.Println("req/s",int(float64(n)/time.Since(t0).Seconds()))}
+ if os.Getenv("TIME")!=""{fmt.Println("figure net/http, 10 clients, keep-alive, req/s:",int(float64(n)/time.Since(t0).Seconds()))}
  for i:=0;i<50;i++{b:=make([]byte,10<<20);b[i]=1;_=b}; runtime.GC(); fmt.Println("gc")
  o,e:=exec.Command("sh","-c","echo sub").Output(); fmt.Print(string(o),e,"\n")
  sg:=make(chan os.Signal,1); signal.Notify(sg,syscall.SIGUSR1); syscall.Kill(os.Getpid(),syscall.SIGUSR1); fmt.Println(<-sg)
