@@ -280,7 +280,7 @@ def load(
             image.bias = _place(space, program, near)
         elif not space.tree.free(program.low, program.high):
             raise Errno(errno.ENOMEM)
-        if program.entry + image.bias >= user_top:
+        if not 0 <= program.entry + image.bias < user_top:
             raise Errno(errno.EINVAL)
         map_program(space, program, backing, image.bias)
         image.program_entry = image.entry = program.entry + image.bias
@@ -294,7 +294,7 @@ def load(
             map_program(space, interpreter, interpreter_backing, base)
             image.base = base + interpreter.low if interpreter.dynamic else 0
             image.entry = interpreter.entry + base
-            if image.entry >= user_top:
+            if not 0 <= image.entry < user_top:
                 raise Errno(errno.EINVAL)
         _describe(image, program)
         _start_heap(space, image, program, interpreter is None, randomize)

@@ -171,6 +171,8 @@ class InetSocket(HostSocket):
                 return abi.UCRED.pack(0, 0xFFFFFFFF, 0xFFFFFFFF)
             if name == abi.SO_PASSCRED:
                 return abi.INT.pack(0)
+            if name in (abi.SO_PEERGROUPS, abi.SO_PEERPIDFD):
+                raise Errno(errno.ENODATA)
         directions, most = options.OPTIONS.get((level, name), (0, 0))
         if not directions & options.GET:
             foreign = self.family == abi.AF_INET and level not in (abi.SOL_SOCKET, abi.SOL_IP, _LEVELS.get(self.kind))

@@ -110,6 +110,11 @@ class TcpSocket(InetSocket):
                 client._pair(child)
         return child
 
+    def _stay(self) -> None:
+        """What only the host can carry was asked for before the accept, so that accept makes no pair."""
+        if self.ends is not None:
+            self.stack.connecting.pop(self.ends, None)
+
     def _pair(self, server: TcpSocket) -> None:
         self.peer, server.peer = server, self
         self.inbox, server.inbox = Ring(FIRST), Ring(FIRST)
@@ -198,6 +203,8 @@ class TcpSocket(InetSocket):
     def send(self, task: Task, views: list[memoryview], name: bytes | None, control: Control | None, flags: int) -> int:
         """sendmsg(2)."""
         if self.peer is None or self.direct:
+            if flags & abi.MSG_OOB:
+                self._stay()
             n = super().send(task, views, name, control, flags)
             if n > 0:
                 self.sent += n
@@ -253,12 +260,12 @@ class TcpSocket(InetSocket):
             self.queue.wake(EVERYTHING)
             peer.queue.wake(EVERYTHING)
             return
+        self._stay()
         super().shutdown(how)
 
     def release(self) -> None:
         """The last descriptor is closed: with bytes that nobody read, the peer sees a reset (RFC 1122, 4.2.2.13)."""
-        if self.ends is not None:
-            self.stack.connecting.pop(self.ends, None)
+        self._stay()
         peer, inbox = self.peer, self.inbox
         self._part()
         if inbox is not None and inbox.used:

@@ -25,8 +25,9 @@ _add(abi.SOL_SOCKET, BOTH, _INT, abi.SO_REUSEADDR, abi.SO_DONTROUTE, abi.SO_BROA
      abi.SO_KEEPALIVE, abi.SO_OOBINLINE, abi.SO_PRIORITY, abi.SO_REUSEPORT, abi.SO_RCVLOWAT, abi.SO_TIMESTAMP,
      abi.SO_TIMESTAMPNS, abi.SO_MARK, abi.SO_TIMESTAMPING, abi.SO_RXQ_OVFL, abi.SO_PEEK_OFF, abi.SO_TIMESTAMP_NEW,
      abi.SO_TIMESTAMPNS_NEW, abi.SO_TIMESTAMPING_NEW, abi.SO_NO_CHECK, abi.SO_DEBUG, abi.SO_SNDBUFFORCE,
-     abi.SO_RCVBUFFORCE)  # fmt: skip
-_add(abi.SOL_SOCKET, GET, _INT, abi.SO_ERROR, abi.SO_ACCEPTCONN)
+     abi.SO_RCVBUFFORCE, abi.SO_SELECT_ERR_QUEUE, abi.SO_BUSY_POLL, abi.SO_PREFER_BUSY_POLL, abi.SO_BUSY_POLL_BUDGET,
+     abi.SO_BUF_LOCK, abi.SO_TXREHASH, abi.SO_RCVMARK)  # fmt: skip
+_add(abi.SOL_SOCKET, GET, _INT, abi.SO_ERROR, abi.SO_ACCEPTCONN, abi.SO_INCOMING_NAPI_ID)
 _add(abi.SOL_SOCKET, BOTH, 8, abi.SO_LINGER, abi.SO_MAX_PACING_RATE)
 _add(abi.SOL_SOCKET, BOTH, 16, abi.SO_BINDTODEVICE)
 _add(abi.SOL_SOCKET, GET, 36, abi.SO_MEMINFO)
@@ -48,6 +49,7 @@ _add(abi.SOL_IPV6, BOTH, _INT, 7, 8, 16, 17, 18, 19, 23, 25, 26, 29, 31, 49, 51,
      74, 75, 76, 77, 78)  # fmt: skip
 _add(abi.SOL_IPV6, GET, _INT, 24)  # IPV6_MTU
 _add(abi.SOL_IPV6, SET, 20, 20, 21, 27, 28)  # IPV6_ADD_MEMBERSHIP ... struct ipv6_mreq
+_add(abi.SOL_IPV6, SET, 20, 50)  # IPV6_PKTINFO: struct in6_pktinfo
 _add(abi.SOL_IPV6, SET, _ADDRESS, 42, 45)
 _add(abi.SOL_IPV6, SET, _SOURCE, 43, 44, 46, 47)
 

@@ -147,8 +147,12 @@ static int look_at_host(struct ks_machine *m, int64_t ns)
 	int n = sleep_on_epoll(m, events, ns);
 
 	m->polled = ks_ticks();
-	if (n < 0)
-		return errno == EINTR ? 0 : -1 - errno;
+	if (n < 0 && errno != EINTR)
+		return -1 - errno;
+	if (n < 0) {	/* a signal, whose handler is Python's: back to it */
+		atomic_store(&m->woken, 1);
+		return 0;
+	}
 	m->nhost = 0;
 	for (int i = 0; i < n; i++) {
 		if (events[i].data.fd == m->bell) {

@@ -91,6 +91,10 @@ static void tcp(int family)
 	option(c, SOL_SOCKET, SO_KEEPALIVE, 1, "SO_KEEPALIVE");
 	option(c, SOL_SOCKET, SO_REUSEPORT, 1, "SO_REUSEPORT");
 	option(c, SOL_SOCKET, SO_SNDBUF, 20000, "SO_SNDBUF");
+	option(c, SOL_SOCKET, SO_BUSY_POLL, 0, "SO_BUSY_POLL");
+	option(c, SOL_SOCKET, SO_SELECT_ERR_QUEUE, 1, "SO_SELECT_ERR_QUEUE");
+	size = sizeof(value);
+	show("groups of nobody we know", getsockopt(c, SOL_SOCKET, SO_PEERGROUPS, &value, &size));
 	option(c, IPPROTO_TCP, 9999, 1, "nonsense");
 	size = sizeof(value);
 	show("another protocol's option", getsockopt(c, IPPROTO_UDP, 1, &value, &size));
@@ -181,7 +185,10 @@ static void multicast(void)
 	struct sockaddr_in6 group = { .sin6_family = AF_INET6, .sin6_port = htons(45678) };
 	int s = socket(AF_INET6, SOCK_DGRAM, 0);
 	struct ipv6_mreq member = { .ipv6mr_interface = if_nametoindex("lo") };
+	struct in6_pktinfo from = { .ipi6_addr = in6addr_loopback };
 
+	show("where from", setsockopt(s, IPPROTO_IPV6, IPV6_PKTINFO, &from, sizeof(from)));
+	show("nowhere", setsockopt(s, IPPROTO_IPV6, IPV6_PKTINFO, NULL, 0));
 	inet_pton(AF_INET6, "ff01::114", &member.ipv6mr_multiaddr);
 	group.sin6_addr = member.ipv6mr_multiaddr;
 	group.sin6_scope_id = member.ipv6mr_interface;

@@ -89,6 +89,38 @@ static void sent_before_accept(void)
 	close(fd);
 }
 
+/* What ends a direction, or is not in the order of bytes, counts also when nobody has accepted yet. */
+static void ended_before_accept(void)
+{
+	int fd = listen4(), client = dial(), server;
+	char c = 0;
+
+	CHECK(write(client, "all", 3) == 3);
+	CHECK(shutdown(client, SHUT_WR) == 0);
+	FAILS(send(client, "x", 1, MSG_NOSIGNAL), EPIPE);
+	server = accept(fd, NULL, NULL);
+	FAILS(send(client, "x", 1, MSG_NOSIGNAL), EPIPE);
+	CHECK(ready(server, POLLIN | POLLRDHUP) == (POLLIN | POLLRDHUP));
+	expect_bytes(server, "all");
+	CHECK(recv(server, &c, 1, MSG_DONTWAIT) == 0);
+	CHECK(write(server, "answer", 6) == 6);
+	expect_bytes(client, "answer");
+	close(client);
+	close(server);
+
+	client = dial();
+	CHECK(write(client, "ab", 2) == 2 && send(client, "!", 1, MSG_OOB) == 1 && write(client, "cd", 2) == 2);
+	server = accept(fd, NULL, NULL);
+	CHECK(write(client, "ef", 2) == 2);
+	expect_bytes(server, "ab");
+	CHECK(recv(server, &c, 1, MSG_OOB) == 1 && c == '!');
+	expect_bytes(server, "cdef");
+	CHECK(recv(server, &c, 1, MSG_DONTWAIT) == -1 && errno == EAGAIN);
+	close(client);
+	close(server);
+	close(fd);
+}
+
 static void families(void)
 {
 	struct sockaddr_in6 any = { .sin6_family = AF_INET6, .sin6_addr = in6addr_any };
@@ -379,6 +411,7 @@ static void connected_while_accepted(void)
 int main(void)
 {
 	sent_before_accept();
+	ended_before_accept();
 	families();
 	looking_without_taking();
 	half_closed();
