@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 EFD_SEMAPHORE = 1
 TFD_TIMER_ABSTIME, TFD_TIMER_CANCEL_ON_SET = 1, 2
 MFD_CLOEXEC, MFD_ALLOW_SEALING, MFD_HUGETLB, MFD_NOEXEC_SEAL, MFD_EXEC = 1, 2, 4, 8, 16  # uapi/linux/memfd.h
+MFD_HUGE_SIZES = 0x3F << 26  # MFD_HUGE_MASK << MFD_HUGE_SHIFT
 MEMFD_NAME_MAX = 249  # mm/memfd.c
 CAP_WAKE_ALARM = 35
 
@@ -138,10 +139,11 @@ def signalfd4(task: Task, fd: Fd, mask: UserPtr, size: Size, flags: UInt) -> int
 @syscall(319, partial="no MFD_HUGETLB")
 def memfd_create(task: Task, name: UserPtr, flags: UInt) -> int:
     """memfd_create(2)."""
-    if flags & MFD_HUGETLB:
-        raise Errno(errno.ENOSYS)  # as a kernel without hugetlbfs
-    if flags & ~(MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL | MFD_EXEC):
+    huge = MFD_HUGETLB | MFD_HUGE_SIZES if flags & MFD_HUGETLB else 0
+    if flags & ~(MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL | MFD_EXEC | huge):
         raise Errno(errno.EINVAL)
+    if huge:
+        raise Errno(errno.ENOSYS)  # as a kernel without hugetlbfs
     if flags & MFD_EXEC and flags & MFD_NOEXEC_SEAL:
         raise Errno(errno.EINVAL)
     try:

@@ -235,7 +235,7 @@ def munlockall(task: Task) -> int:
 
 
 # -- NUMA: one node, node 0 ------------------------------------------------------------------------
-MPOL_DEFAULT, MPOL_MAX = 0, 7  # uapi/linux/mempolicy.h
+MPOL_DEFAULT, MPOL_MAX, MPOL_MODE_FLAGS = 0, 7, 0xE000  # uapi/linux/mempolicy.h
 MPOL_F_NODE, MPOL_F_ADDR, MPOL_F_MEMS_ALLOWED = 1, 2, 4
 
 
@@ -255,9 +255,11 @@ def raise_einval() -> None:
 
 @syscall(238, note="there is one memory node")
 def set_mempolicy(task: Task, mode: Int, nodemask: UserPtr, maxnode: ULong) -> int:
-    policy = mode & 0xFF
+    policy = mode & 0xFFFFFFFF & ~MPOL_MODE_FLAGS
+    if policy >= MPOL_MAX:
+        return -errno.EINVAL
     nodes = _nodes(task, nodemask, maxnode)
-    if policy >= MPOL_MAX or (policy == MPOL_DEFAULT and nodes) or nodes & ~1:
+    if (policy == MPOL_DEFAULT and nodes) or nodes & ~1:
         return -errno.EINVAL
     task.mempolicy = mode, nodes
     return 0

@@ -289,3 +289,14 @@ def test_headers_of_any_kind_end_in_a_program_or_an_errno(data: st.DataObject) -
         pass
     space.destroy()
     assert world.census() == 0
+
+
+def test_an_entry_before_the_address_space() -> None:
+    """A program that is moved down by more than its entry's address."""
+    world = World(limit_pages=4096)
+    space = world.space()
+    program = build([(LOAD, 0, 0, (1 << 47) - 2 * PAGE, 0, PAGE, 0)], kind=3, entry=0)
+    with pytest.raises(Errno):
+        run(world, space, program)
+    space.destroy()
+    assert world.census() == 0
