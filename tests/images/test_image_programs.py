@@ -117,7 +117,7 @@ def test_published(client: str, seconds: int, published: int, rootfs: pathlib.Pa
 # ---------------------------------------------------------------------------------------------------------- stress-ng
 
 # What has no device, protocol or setting to work on here, and says so by ending as if a resource were short.
-ABSENT = "binderfs efivar netlink-proc netlink-task rawpkt tmpfs uprobe".split()
+ABSENT = "binderfs efivar loop netlink-proc netlink-task rawpkt tmpfs uprobe".split()
 # handle wants file handles of an overlay, which has none. vm-segv has to see a child die within the time, and gets
 # no turn at a processor beside sixty others. loadavg makes all the threads that there may be.
 STARVED = "handle loadavg vm-segv".split()
