@@ -9,11 +9,12 @@ import struct
 from typing import Any
 
 from kvmsentry.errors import Errno
-from kvmsentry.kernel import identity, userns
+from kvmsentry.kernel import exit, identity, userns
 from kvmsentry.kernel.task import Task
 from kvmsentry.kernel.traps import Pace
+from kvmsentry.syscall.abi_signal import SIGHUP, SIGINT
 from kvmsentry.syscall.abi_time import CLOCK_BOOTTIME, NS
-from kvmsentry.syscall.table import Int, Size, UInt, ULong, UserPtr, syscall
+from kvmsentry.syscall.table import GONE, Int, Size, UInt, ULong, UserPtr, syscall
 
 UTSNAME = struct.Struct("65s65s65s65s65s65s")  # struct new_utsname
 SYSINFO = struct.Struct("<q3Q6QHH4xQQI4x")  # struct sysinfo, 112 bytes
@@ -171,13 +172,25 @@ def _refuse(task: Task, capability: int) -> int:
     return -errno.EPERM
 
 
-@syscall(169, partial="refused")
-def reboot(task: Task, magic: UInt, magic2: UInt, command: UInt, argument: UserPtr) -> int:
-    if not task.creds.capable(CAP_SYS_BOOT):
+# uapi/linux/reboot.h: RESTART, RESTART2, HALT, POWER_OFF, and the signals by which a PID namespace's end tells of them.
+_REBOOTS = {0x01234567: SIGHUP, 0xA1B2C3D4: SIGHUP, 0xCDEF0123: SIGINT, 0x4321FEDC: SIGINT}
+
+
+@syscall(169, partial="refused, but for the end of a PID namespace")
+def reboot(task: Task, magic: UInt, magic2: UInt, command: UInt, argument: UserPtr) -> Any:
+    space = task.process.pid_ns
+    if not userns.capable(task.creds, space.user_ns, CAP_SYS_BOOT):
         return -errno.EPERM
     if magic != 0xFEE1DEAD or magic2 not in (672274793, 85072278, 369367448, 537993216):
         return -errno.EINVAL
-    return _refuse(task, CAP_SYS_BOOT)
+    if not space.level or space.init is None:
+        return _refuse(task, CAP_SYS_BOOT)
+    signo = _REBOOTS.get(command)
+    if signo is None:
+        return -errno.EINVAL
+    exit.exit_group(space.init, signo)  # its parent sees it killed by that (reboot_pid_ns), and it takes all with it
+    exit.do_exit(task, 0 if task.process is not space.init else signo)
+    return GONE
 
 
 @syscall(163, partial="refused")

@@ -8,6 +8,7 @@
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
+#include <sys/reboot.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -446,6 +447,36 @@ static void mounted(void)
 	puts("proc");
 }
 
+/* reboot(2) ends the namespace, and its parent is told how. */
+static void rebooted(void)
+{
+	static const struct {
+		int command, signal;
+	} all[] = { { RB_AUTOBOOT, SIGHUP }, { RB_HALT_SYSTEM, SIGINT }, { RB_POWER_OFF, SIGINT } };
+
+	for (int i = 0; i < 6; i++) {
+		int status;
+		pid_t pid = spawn(CLONE_NEWUSER | CLONE_NEWPID), child;
+
+		if (pid == -1) {
+			printf("no user namespaces here\n");
+			return;
+		}
+		if (!pid) {
+			if (getpid() != 1)	/* never the machine */
+				_exit(1);
+			FAILS(reboot(0x12345), EINVAL);
+			child = i < 3 ? 0 : fork();
+			if (!child)
+				_exit(reboot(all[i % 3].command) ? 2 : 3);
+			pause();
+			_exit(4);
+		}
+		CHECK(waitpid(pid, &status, 0) == pid);
+		CHECK(WIFSIGNALED(status) && WTERMSIG(status) == all[i % 3].signal);
+	}
+}
+
 int main(void)
 {
 	setvbuf(stdout, 0, _IONBF, 0);
@@ -467,5 +498,6 @@ int main(void)
 	chosen();
 	counted();
 	mounted();
+	rebooted();
 	return 0;
 }
