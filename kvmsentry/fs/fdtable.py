@@ -111,14 +111,18 @@ class FdTable:
         self._lowest = 0
 
 
-def files_of(kernel: Kernel, inode: Inode) -> Iterator[File]:
-    """The open files of `inode` that descriptors of any task mean, O_PATH ones apart. It looks at every descriptor
-    there is: for what happens rarely."""
+def all_files(kernel: Kernel) -> Iterator[File]:
+    """What the descriptors of all tasks mean, every table once: for what happens rarely."""
     seen: set[int] = set()
     for task in kernel.tasks.values():
         table = task.files
         if table is not None and id(table) not in seen:
             seen.add(id(table))
-            for file in table.files.values():
-                if file.inode is inode and file.refs and not file.flags & O_PATH:
-                    yield file
+            yield from table.files.values()
+
+
+def files_of(kernel: Kernel, inode: Inode) -> Iterator[File]:
+    """The open files of `inode` that descriptors of any task mean, O_PATH ones apart."""
+    for file in all_files(kernel):
+        if file.inode is inode and file.refs and not file.flags & O_PATH:
+            yield file

@@ -4,10 +4,10 @@ the namespace. Each function checks in Linux's order (fs/namespace.c) and change
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kvmsentry.errors import Errno
+from kvmsentry.fs.fdtable import all_files
 from kvmsentry.fs.mount import MS_PRIVATE, MS_SHARED, MS_SLAVE, MS_UNBINDABLE, Mount
 from kvmsentry.fs.mounts import new_super, own_options, parse_options
 from kvmsentry.fs.mounttree import (
@@ -40,7 +40,6 @@ from kvmsentry.fs.vfs import (
     MS_REC,
     MS_STRICTATIME,
     Dentry,
-    File,
     FsContext,
     Path,
     SuperBlock,
@@ -102,18 +101,9 @@ def _target(place: Path) -> Path:
 
 
 # -- who is there
-def _files(task: Task) -> Iterator[File]:
-    seen: set[int] = set()
-    for other in task.kernel.tasks.values():
-        files = other.files
-        if files is not None and id(files) not in seen:
-            seen.add(id(files))
-            yield from files.files.values()
-
-
 def used_mounts(task: Task) -> set[Mount]:
     """Every mount on which somebody's root, working directory, open file or program is."""
-    used = {file.path.mount for file in _files(task) if file.path is not None}
+    used = {file.path.mount for file in all_files(task.kernel) if file.path is not None}
     for other in task.kernel.tasks.values():
         if other.fs is not None:
             used.update((other.fs.root.mount, other.fs.cwd.mount))
@@ -127,7 +117,7 @@ def _written(task: Task, mount: Mount | None, sb: SuperBlock) -> bool:
     return any(
         file.writable and file.path is not None and file.path.mount.sb is sb and mount in (None, file.path.mount)
         and file.inode.mode & S_IFMT == S_IFREG
-        for file in _files(task)
+        for file in all_files(task.kernel)
     )  # fmt: skip
 
 
