@@ -121,8 +121,8 @@ ABSENT = "binderfs efivar loop netlink-proc netlink-task rawpkt tmpfs uprobe".sp
 # handle wants file handles of an overlay, which has none. vm-segv has to see a child die within the time, and gets
 # no turn at a processor beside sixty others. loadavg makes all the threads that there may be.
 STARVED = "handle loadavg vm-segv".split()
-# fallocate's handler jumps back into its function at every SIGALRM, also when that has returned: a second one that comes
-# before the process has ended kills it, natively too. Later versions of stress-ng have no such handler.
+# fallocate's handler jumps back into its function at every SIGALRM, also when that has returned: a second one that
+# comes before the process has ended kills it, natively too. Later versions of stress-ng have no such handler.
 ILL = ["fallocate"]
 CLASSES = "cpu filesystem memory network os pipe scheduler".split()
 
