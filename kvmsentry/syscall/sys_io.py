@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kvmsentry.errors import Errno
+from kvmsentry.errors import Errno, OutOfMemory
 from kvmsentry.fs.inotify import accessed, modified
 from kvmsentry.fs.pipe import new_pipe
 from kvmsentry.fs.vfs import (
@@ -98,6 +98,8 @@ def _in_pieces(task: Task, file: File, count: int, piece: Callable[[int, int], i
         want = min(BIG, count - done)
         try:
             n = piece(done, want)
+        except OutOfMemory:
+            raise
         except Errno:
             if done:
                 break
@@ -123,6 +125,8 @@ async def _in_pieces_on(task: Task, file: File, count: int, done: int, piece: Ca
             done += max(n, 0)
             if n < want:
                 break
+    except OutOfMemory:
+        raise
     except Errno:
         pass  # what was done counts
     finally:

@@ -171,10 +171,11 @@ def test_memory_limit(in_busybox: Runner) -> None:
     """A process that asks for more than there is gets killed, says dmesg; a file gets ENOSPC; the sandbox goes on."""
     script = (
         "dd if=/dev/zero of=/tmp/x bs=1M count=100 2>&1 | grep -o 'No space'; rm /tmp/x; "
-        "tail /dev/zero; echo $?; dmesg | grep -c 'Out of memory'"
+        "tail /dev/zero; echo $?; dmesg | grep -c 'Out of memory'; "
+        "dd if=/dev/zero of=/dev/null bs=200M count=1; echo $?; dmesg | grep -c 'Out of memory'"  # amid one read(2)
     )
     done = in_busybox("sh", "-c", script, options=["--memory", "64m"])
-    assert done.stdout.splitlines() == ["No space", "137", "1"], done.stderr
+    assert done.stdout.splitlines() == ["No space", "137", "1", "137", "2"], done.stderr
 
 
 def test_stdin_and_signals(kvmsentry: list[str], busybox: str) -> None:
